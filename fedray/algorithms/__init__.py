@@ -1,0 +1,28 @@
+"""Federated algorithms, one file each, by name."""
+
+from collections.abc import Callable
+
+from fedray.algorithm import FederatedAlgorithm
+from fedray.algorithms.baselines import centralized, local_only
+from fedray.algorithms.fedavg import fedavg
+from fedray.algorithms.feddyn import feddyn
+from fedray.algorithms.fednova import fednova
+from fedray.algorithms.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
+from fedray.algorithms.fedprox import fedprox
+from fedray.algorithms.moon import moon
+from fedray.algorithms.scaffold import scaffold
+
+ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
+    "fedavg": fedavg,
+    "fedprox": fedprox,
+    "fedavgm": fedavgm,
+    "fedadagrad": fedadagrad,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
+    "scaffold": scaffold,
+    "fednova": fednova,
+    "feddyn": feddyn,
+    "moon": moon,
+    "local_only": local_only,
+    "centralized": centralized,
+}

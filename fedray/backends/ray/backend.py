@@ -1,0 +1,259 @@
+"""Clients on a Ray cluster: resident worker actors, one message to and from each of them a round."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
+
+from fedray.aggregators import Aggregator
+from fedray.algorithm import Client, ClientUpdate, Metrics
+from fedray.backends.ray.cluster import carry_users_modules
+from fedray.backends.ray.tensors import travel_as_arrays
+from fedray.backends.worker import Failure, Job, Partial, Unit, balance, fold, map_items, reduce
+from fedray.client_states import ClientStates
+from fedray.errors import ConfigError, FedrayError
+from fedray.groups import units
+from fedray.learner import Learner, Task
+
+logger = logging.getLogger(__name__)
+
+Start = Callable[[Any, list[Any]], list[ray.ObjectRef]]
+
+ATTEMPTS = 3  # how often one client may take its worker down before it is the client's fault
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the workers of a run reserve; see `fedray.backends.on_ray` for each."""
+
+    num_workers: int | Literal["auto"] = "auto"
+    clients_per_worker: int | Literal["auto"] = "auto"
+    num_cpus: float = 1.0
+    num_gpus: float | Literal["auto"] = "auto"
+    placement: Literal["pack", "spread"] = "pack"
+    device: str = "auto"
+    threads: int = 1
+    on_client_error: Literal["raise", "drop"] = "raise"
+    start_timeout: float = 120.0
+
+    def resolve(self, cluster: dict[str, float], cohort: int) -> "Resources":
+        """The same with every ``auto`` replaced, for a cluster's total resources and the size of a cohort."""
+        gpus, cpus = cluster.get("GPU", 0.0), cluster.get("CPU", 0.0)
+        each = (1.0 if gpus else 0.0) if self.num_gpus == "auto" else float(self.num_gpus)
+        room = int(min(gpus / each if each else float("inf"), cpus / self.num_cpus))
+        if self.clients_per_worker != "auto":
+            count = -(-cohort // self.clients_per_worker)
+        elif self.num_workers != "auto":
+            count = self.num_workers
+        else:
+            count = min(max(room, 1), cohort)
+        if count > room:
+            raise ConfigError(
+                f"backend: {count} workers with {self.num_cpus:g} CPUs and {each:g} GPUs each do not fit into the "
+                f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower num_workers (at most {room}), num_cpus or num_gpus"
+            )
+        return replace(self, num_workers=count, clients_per_worker="auto", num_gpus=each)
+
+
+class Crash(str):
+    """Why a share has no result: what it does to its worker, for a message."""
+
+
+class _Worker:
+    """An actor: one learner, and no other state, so that it can die and be replaced at any time."""
+
+    def __init__(self, task: "list[ray.ObjectRef]", device: str, threads: int) -> None:
+        travel_as_arrays()
+        torch.set_num_threads(threads)
+        self._learner = Learner(ray.get(task[0]), device)
+
+    def ready(self) -> dict[str, Any]:
+        node = ray.get_runtime_context().get_node_id()
+        return {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), "device": str(self._learner.device)}
+
+    def fold(self, job: Job, share: list[Unit], *states: Any) -> Any:
+        if states:
+            held = iter(states)
+            share = [[replace(client, state=next(held)) for client in unit] for unit in share]
+        partial, kept = fold(self._learner, job, share)
+        if not job.keeps_state:
+            return partial
+        return partial, *kept, *[None] * (len(states) - len(kept))
+
+    def map(self, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
+        return map_items(self._learner, fn, items)
+
+
+class RayBackend:
+    """Worker actors on the Ray cluster that this process is connected to.
+
+    Args:
+        task: What is learnt, or a reference to it; sent to every node once.
+        cohort: The size of a cohort, for choosing the number of workers.
+        resources: What the workers reserve.
+        group: Clients that train in one call, where the algorithm allows it (`fedray.groups`).
+
+    Raises:
+        ConfigError: the workers do not fit into the cluster.
+        FedrayError: the workers did not come up in time.
+    """
+
+    def __init__(
+        self, task: "Task | ray.ObjectRef", cohort: int, resources: Resources = Resources(), group: int = 1
+    ) -> None:
+        travel_as_arrays()
+        carry_users_modules()
+        self.resources = resources = resources.resolve(ray.cluster_resources(), cohort)
+        # held for as long as the workers live: one that is restarted asks for it again
+        self._task = task if isinstance(task, ray.ObjectRef) else ray.put(task)
+        actor: Any = ray.remote(_Worker).options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            scheduling_strategy="SPREAD" if resources.placement == "spread" else "DEFAULT",
+            max_restarts=-1,
+        )
+        assert isinstance(resources.num_workers, int)
+        self._workers = [
+            actor.remote([self._task], resources.device, resources.threads) for _ in range(resources.num_workers)
+        ]
+        self._group = group
+        self._drop = resources.on_client_error == "drop"
+        self.client_states = ClientStates()
+        self.workers = self.probe()
+
+    def probe(self) -> list[dict[str, Any]]:
+        """Where each worker is (node, process, GPUs, device), once it is up."""
+        asked = self.resources
+        try:
+            return ray.get(
+                [worker.ready.options(max_task_retries=-1).remote() for worker in self._workers],
+                timeout=asked.start_timeout,
+            )
+        except GetTimeoutError:
+            raise FedrayError(
+                f"{asked.num_workers} workers ({asked.num_cpus:g} CPUs, {asked.num_gpus:g} GPUs each) did not start "
+                f"within {asked.start_timeout:g} s; the cluster has {_short(ray.cluster_resources())}, of which free: "
+                f"{_short(ray.available_resources())}. Lower num_workers or what each reserves, or raise start_timeout"
+            ) from None
+
+    def map_reduce(
+        self,
+        client_update: ClientUpdate,
+        broadcast: Any,
+        cohort: Sequence[Client],
+        aggregator: Aggregator,
+        keeps_state: bool = False,
+        metered: bool = True,
+        grouped: bool = False,
+    ) -> tuple[Any, Metrics]:
+        """Run the cohort; see `fedray.algorithm.Backend`."""
+        job = Job(client_update, broadcast, aggregator, keeps_state, self._drop)
+        job_ref = ray.put(job)  # once; Ray copies it to each node, not to each client
+
+        def start(worker: Any, share: list[Unit]) -> list[ray.ObjectRef]:
+            if not keeps_state:
+                return [worker.fold.remote(job_ref, share)]
+            # states are values of their own among the results, so that they outlive the worker and can go to another
+            states = [self.client_states.of(client) for client in _members(share)]
+            return worker.fold.options(num_returns=1 + len(states)).remote(job_ref, share, *states)
+
+        cut = units(cohort, self._group if grouped else 1, self.client_states.has)
+        done = list(self._run(start, [share for share in balance(cut, len(self._workers)) if share]))
+        partials = [_lost(share, value) if isinstance(value, Crash) else value for share, value, _ in done]
+        result = reduce(partials, job, len(cohort))
+        failed = {failure.client for partial in partials for failure in partial.failures}
+        kept = [pair for share, _, refs in done for pair in zip(_members(share), refs, strict=False)]
+        self.client_states.stage((client, ref) for client, ref in kept if client.id not in failed)
+        return result
+
+    def map(self, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
+        """``[fn(learner, item) for item in items]``, each item wherever a worker is free."""
+
+        def start(worker: Any, share: list[int]) -> list[ray.ObjectRef]:
+            return [worker.map.remote(fn, [items[i] for i in share])]
+
+        results: dict[int, Any] = {}
+        for [i], value, _ in self._run(start, [[i] for i in range(len(items))]):
+            if isinstance(value, Crash):
+                raise FedrayError(f"item {i} of a map {value}")
+            [results[i]] = value
+        return [results[i] for i in range(len(items))]
+
+    def fetch(self, handle: Any) -> Any:
+        """A client state, from its handle."""
+        return ray.get(handle)
+
+    def store(self, state: Any) -> Any:
+        """A handle for a client state."""
+        return ray.put(state)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            ray.kill(worker)
+
+    def _run(self, start: Start, shares: Sequence[list[Any]]) -> Iterator[tuple[list[Any], Any, list[ray.ObjectRef]]]:
+        """Hand the shares out and yield each with its result and further references, as they are done.
+
+        A share whose worker dies is cut and handed out again, so that what kills workers is found; what cannot be
+        cut and has taken down ``ATTEMPTS`` workers has a `Crash` for its result.
+        """
+        queue = deque((share, 1) for share in shares)
+        idle = deque(self._workers)
+        running: dict[ray.ObjectRef, tuple[Any, list[Any], int, list[ray.ObjectRef]]] = {}
+        while queue or running:
+            while queue and idle:
+                worker, (share, attempt) = idle.popleft(), queue.popleft()
+                first, *others = start(worker, share)
+                running[first] = worker, share, attempt, others
+            [first], _ = ray.wait(list(running), num_returns=1)
+            worker, share, attempt, others = running.pop(first)
+            try:
+                value = ray.get(first)
+            except (RayActorError, OutOfMemoryError) as error:
+                if not share:  # it was restarting, and died again
+                    raise FedrayError(f"a worker cannot be restarted: {error}") from None
+                # with retries this call waits until Ray has restarted the worker
+                running[worker.ready.options(max_task_retries=-1).remote()] = worker, [], 0, []
+                parts = _parts(share, attempt)
+                queue.extend((part, attempt + 1) for part in parts)
+                if parts:
+                    logger.warning("a worker died; the %d items that it had in hand are handed out again", len(share))
+                else:
+                    yield share, Crash(f"took its worker down {attempt} times: {_first_line(error)}"), []
+                continue
+            idle.append(worker)
+            if share:
+                yield share, value, others
+
+
+def _parts(share: list[Any], attempt: int) -> list[list[Any]]:
+    """What to hand out again of a share that took its worker down; a group stays whole for as long as it may."""
+    if len(share) > 1:
+        return [share[: len(share) // 2], share[len(share) // 2 :]]
+    if attempt < ATTEMPTS:
+        return [share]
+    [item] = share
+    return [[[client]] for client in item] if isinstance(item, list) and len(item) > 1 else []
+
+
+def _members(share: list[Unit]) -> list[Client]:
+    return [client for unit in share for client in unit]
+
+
+def _lost(share: list[Unit], crash: Crash) -> Partial:
+    return Partial(None, None, tuple(Failure(client.id, client.round, f"it {crash}") for client in _members(share)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _short(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))

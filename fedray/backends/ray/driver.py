@@ -1,0 +1,89 @@
+"""The driver actor: it owns the server state and runs the training loop, wherever the submitting process is."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fedray.backends import Stop
+from fedray.backends.ray.backend import RayBackend, Resources
+from fedray.backends.ray.cluster import carry_users_modules, connected
+from fedray.backends.ray.tensors import travel_as_arrays
+from fedray.errors import FedrayError
+from fedray.experiment import Experiment
+from fedray.learner import Task
+from fedray.training import Record, train
+
+logger = logging.getLogger(__name__)
+
+
+class _Driver:
+    def __init__(self, threads: int) -> None:
+        travel_as_arrays()
+        torch.set_num_threads(threads)
+        self._stop = threading.Event()
+
+    def run(
+        self, experiment: Experiment, task: list[ray.ObjectRef], folder: str, resources: Resources
+    ) -> Iterator[Record]:
+        experiment = replace(experiment, task=ray.get(task[0]))
+        backend = RayBackend(task[0], experiment.cohort, resources, experiment.group)
+        logger.info("%d workers: %s", len(backend.workers), backend.workers)
+        yield from train(experiment, Path(folder), backend, self._stop.is_set)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+def drive(
+    experiment: Experiment,
+    folder: Path,
+    stop: Stop,
+    resources: Resources,
+    address: str,
+    object_store_gb: float | None,
+) -> Iterator[Record]:
+    """Run an experiment in a driver actor, and yield its records as they come."""
+    with connected(address, object_store_gb):
+        travel_as_arrays()
+        carry_users_modules()
+        resources = resources.resolve(ray.cluster_resources(), experiment.cohort)
+        logger.info(
+            "Ray: %s workers with %g CPUs and %g GPUs each",
+            resources.num_workers,
+            resources.num_cpus,
+            resources.num_gpus,
+        )
+        task = ray.put(experiment.task)
+        experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets go of it
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
+        driver = actor.remote(resources.threads)
+        records = driver.run.options(num_returns="streaming").remote(experiment, [task], str(folder), resources)
+        told = False
+        try:
+            while True:
+                ready, _ = ray.wait([records], timeout=0.2, fetch_local=False)
+                if stop() and not told:
+                    driver.stop.remote()
+                    told = True
+                if ready:
+                    yield ray.get(next(records))
+        except StopIteration:
+            return
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayActorError as error:
+            raise FedrayError(f"the driver actor died: {' '.join(str(error).split())}") from None
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    cause: Any = getattr(error, "cause", None)
+    return cause if isinstance(cause, FedrayError) else FedrayError(str(error))

@@ -1,0 +1,73 @@
+"""All clients in this process: the twin of the Ray backend, equal to the bit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from fedray.aggregators import Aggregator
+from fedray.algorithm import Client, ClientUpdate, Metrics
+from fedray.backends.worker import Job, Partial, balance, fold, map_items, reduce
+from fedray.client_states import ClientStates
+from fedray.groups import units
+from fedray.learner import Learner, Task
+
+
+class SerialBackend:
+    """Every client in turn in this process.
+
+    With ``num_shares`` above 1 the cohort is split and merged as a cluster would do it; with ``group`` above 1 that
+    many clients train in one call, where the algorithm allows it (`fedray.groups`).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        num_shares: int = 1,
+        device: str = "auto",
+        threads: int = 1,
+        on_client_error: Literal["raise", "drop"] = "raise",
+        group: int = 1,
+    ) -> None:
+        torch.set_num_threads(threads)  # kernels split their sums by the number of threads
+        self._learner, self._num_shares, self._drop = Learner(task, device), num_shares, on_client_error == "drop"
+        self._group = group
+        self.client_states = ClientStates()
+
+    def map_reduce(
+        self,
+        client_update: ClientUpdate,
+        broadcast: Any,
+        cohort: Sequence[Client],
+        aggregator: Aggregator,
+        keeps_state: bool = False,
+        metered: bool = True,
+        grouped: bool = False,
+    ) -> tuple[Any, Metrics]:
+        """Run the cohort; see `fedray.algorithm.Backend`."""
+        job = Job(client_update, broadcast, aggregator, keeps_state, self._drop)
+        partials: list[Partial] = []
+        kept: list[tuple[Client, Any]] = []
+        cut = units(cohort, self._group if grouped else 1, self.client_states.has)
+        for share in balance(cut, self._num_shares):
+            loaded = [[replace(client, state=self.client_states.of(client)) for client in unit] for unit in share]
+            partial, states = fold(self._learner, job, loaded)
+            partials.append(partial)
+            members = [client for unit in share for client in unit]
+            kept += [(c, state) for c, state in zip(members, states, strict=False) if state is not None]
+        result = reduce(partials, job, len(cohort))
+        self.client_states.stage(kept)
+        return result
+
+    def map(self, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
+        """``[fn(learner, item) for item in items]``."""
+        return map_items(self._learner, fn, items)
+
+    def fetch(self, handle: Any) -> Any:
+        """A client state, from its handle."""
+        return handle
+
+    def store(self, state: Any) -> Any:
+        """A handle for a client state."""
+        return state

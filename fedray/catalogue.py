@@ -1,0 +1,37 @@
+"""Everything that a configuration can name, by kind. Imported lazily: a kind's modules load when it is asked for."""
+
+from collections.abc import Callable, Mapping
+from pkgutil import resolve_name
+from typing import Any, cast
+
+Registry = Mapping[str, Callable[..., Any]]
+
+KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type of a parameter that takes one
+    "algorithms": ("fedray.algorithms:ALGORITHMS", "fedray.algorithm:FederatedAlgorithm"),
+    "aggregators": ("fedray.aggregators:AGGREGATORS", "fedray.aggregators:Aggregator"),
+    "server_optimizers": ("fedray.server_optimizers:SERVER_OPTIMIZERS", "fedray.server_optimizers:ServerOptimizer"),
+    "tasks": ("fedray.tasks:TASKS", "fedray.learner:Task"),
+    "datasets": ("fedray.data:DATASETS", "fedray.data:Dataset"),
+    "partitions": ("fedray.data:PARTITIONS", "fedray.tasks.classification:Partitioner"),
+    "models": ("fedray.models:MODELS", "fedray.tasks.classification:ModelBuilder"),
+    "samplers": ("fedray.samplers:SAMPLERS", "fedray.rounds:Sampler"),
+    "backends": ("fedray.backends:BACKENDS", "fedray.backends:Launcher"),
+    "trackers": ("fedray.trackers:TRACKERS", "fedray.trackers:TrackerFactory"),
+}
+
+
+def components(kind: str) -> Registry:
+    """The components of one kind by name."""
+    return cast(Registry, resolve_name(KINDS[kind][0]))
+
+
+def kind_of(annotation: Any) -> str | None:
+    """The kind of component that a parameter of this type takes, or None for a plain value."""
+    return next((kind for kind, (_, taken) in KINDS.items() if resolve_name(taken) == annotation), None)
+
+
+def top_level() -> Callable[..., Any]:
+    """The function whose signature is the top level of a configuration."""
+    from fedray.experiment import experiment
+
+    return experiment

@@ -1,0 +1,154 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedray.errors import ConfigError, DataError, FedrayError
+
+DONE, FAILED, USERS_MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("fedray").setLevel(logging.INFO)
+    try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        options.command(options)
+        sys.stdout.flush()
+    except (ConfigError, DataError) as error:
+        print(f"fedray: {' '.join(str(error).split())}", file=sys.stderr)
+        return USERS_MISTAKE
+    except KeyboardInterrupt as error:
+        print(f"fedray: {str(error) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except FedrayError as error:
+        print(f"fedray: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # whoever read our output has seen enough; what is left must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return DONE
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="fedray", description="Federated learning, simulated on Ray clusters.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run an experiment", description="Run an experiment.")
+    run.add_argument("config", nargs="?", default="quickstart", help="a YAML file, or a shipped experiment's name")
+    run.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options on top of the file, such as rounds=50"
+    )
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<name>-<time>)")
+    run.set_defaults(command=_run)
+
+    resume = commands.add_parser("resume", help="go on with an interrupted run, or with more rounds")
+    resume.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    resume.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="rounds=..., backend....=..., trackers=..."
+    )
+    resume.set_defaults(command=_resume)
+
+    report = commands.add_parser("report", help="compare runs, and write a page about them")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report.add_argument("--out", type=Path, metavar="PAGE", help="the page (default: report.html)")
+    report.add_argument("--target", type=float, action="append", help="accuracy for rounds-to-target; may be repeated")
+    report.set_defaults(command=_report)
+
+    listing = commands.add_parser("list", help="what can be named in a configuration")
+    listing.add_argument("kind", nargs="?", help="algorithms, datasets, partitions, models, aggregators ...")
+    listing.set_defaults(command=_list)
+
+    show = commands.add_parser("show", help="the options of a component, from its signature")
+    show.add_argument("name", metavar="NAME", help="a component's name, or `config` for the top level")
+    show.set_defaults(command=_show)
+
+    command = commands.choices.get(arguments[0]) if arguments else None
+    # `run quickstart --out DIR rounds=3`: options may stand between the others, which subparsers alone don't allow
+    return command.parse_intermixed_args(arguments[1:]) if command else parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fedray.run import run
+
+    source, overrides = options.config, options.overrides
+    if "=" in source:  # `fedray run rounds=5` means the quickstart
+        source, overrides = "quickstart", [source, *overrides]
+    _finish(run(source, overrides, options.out).folder)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from fedray.run import resume
+
+    _finish(resume(options.run, options.overrides).folder)
+
+
+def _finish(folder: Path) -> None:
+    from fedray.report import read_run
+
+    final = read_run(folder).final
+    shown = {"test_accuracy": "accuracy", "test_loss": "loss", "macro_f1": "macro-F1"}
+    figures = "  ".join(f"{label} {final[key]:.4f}" for key, label in shown.items() if key in final)
+    print(f"{figures}\nreport: {folder / 'report.html'}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fedray.report import comparison, read_run, write_report
+
+    out = options.out or (options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html"))
+    print(comparison([read_run(run) for run in options.runs], options.target))
+    try:
+        print(f"report: {write_report(options.runs, out, options.target)}")
+    except OSError as error:
+        raise DataError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _list(options: argparse.Namespace) -> None:
+    from fedray.catalogue import KINDS
+    from fedray.config import nearest
+
+    kinds = [*KINDS, "experiments"]
+    if options.kind is not None and options.kind not in kinds:
+        raise ConfigError(f"there is no kind {options.kind!r}; {nearest(options.kind, kinds)}")
+    for kind in [options.kind] if options.kind else kinds:
+        print(f"{kind}:")
+        for name, line in _lines(kind).items():
+            print(f"  {name:<20} {line}")
+
+
+def _lines(kind: str) -> Mapping[str, Any]:
+    from fedray.catalogue import components
+    from fedray.options import summary
+    from fedray.run import shipped
+
+    return shipped() if kind == "experiments" else {name: summary(made) for name, made in components(kind).items()}
+
+
+def _show(options: argparse.Namespace) -> None:
+    from fedray.catalogue import KINDS, components, top_level
+    from fedray.config import nearest
+    from fedray.options import options_of, summary, type_name, written
+
+    everything = [(kind, name, made) for kind in KINDS for name, made in components(kind).items()]
+    everything.append(("configuration", "config", top_level()))
+    found = [entry for entry in everything if entry[1] == options.name]
+    if not found:
+        names = [name for _, name, _ in everything]
+        raise ConfigError(f"there is no component {options.name!r}; {nearest(options.name, names)}")
+    for kind, name, component in found:
+        print(f"{name} ({kind}): {summary(component)}")
+        for option in options_of(component).values():
+            default = "required" if option.required else f"default {written(option.default)}"
+            print(f"  {option.name:<20} {type_name(option.annotation)}, {default}\n      {option.doc}")

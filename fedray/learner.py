@@ -1,0 +1,244 @@
+"""Local training. The model is scratch space: every call first loads the params that it is given."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedray.algorithm import Client, Metrics
+from fedray.errors import ConfigError
+from fedray.groups import Group
+from fedray.groups import train as train_group
+from fedray.local_training import LocalResult, LocalTraining, stepper
+from fedray.trees import Params
+
+Columns = dict[str, torch.Tensor]  # examples: tensors that share their first dimension
+LossFunction = Callable[[torch.nn.Module, Columns], torch.Tensor]
+
+_BLOCK = 256  # examples evaluated at a time
+
+
+class Task(Protocol):
+    """What is learnt from what; the only class that a new problem has to write.
+
+    A task is sent to every worker once, so it holds numpy arrays (which workers share) and small values.
+    """
+
+    @property
+    def average_buffers(self) -> bool:
+        """Whether BatchNorm's running statistics are averaged like parameters."""
+        ...
+
+    @property
+    def weighted_loss(self) -> bool:
+        """Whether ``loss`` weighs its examples by a column ``weight`` (summing to 1) where there is one."""
+        ...
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each client, shape (num_clients,)."""
+        ...
+
+    def holdings(self) -> dict[str, np.ndarray]:
+        """Who holds what, as arrays for the run folder's ``partition.npz``."""
+        ...
+
+    def model(self) -> torch.nn.Module:
+        """A new model with the initial parameters; every call gives the same."""
+        ...
+
+    def examples(self, client: int) -> Columns:
+        """The raw training examples of one client, or of all with ``EVERYONE``."""
+        ...
+
+    def test_examples(self, start: int, stop: int) -> Columns:
+        """A slice of the raw test examples."""
+        ...
+
+    @property
+    def num_test_examples(self) -> int:
+        """How many test examples there are."""
+        ...
+
+    def prepare(self, examples: Columns, generator: torch.Generator | None) -> Columns:
+        """Raw examples to the model's inputs; with a generator (training) also augmented."""
+        ...
+
+    def loss(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
+        """The mean training loss of a batch."""
+        ...
+
+    def evaluate(self, model: torch.nn.Module, batch: Columns) -> dict[str, Any]:
+        """Sums over a batch (tensors of whole numbers, or floats) that can be added over batches."""
+        ...
+
+    def summarize(self, sums: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
+        """The sums over the test set to metrics, and to details for the report (JSON values)."""
+        ...
+
+
+class Learner:
+    """A task, a device and one scratch model.
+
+    Args:
+        task: What is learnt.
+        device: ``auto`` for a CUDA device where there is one, or a PyTorch device name.
+
+    Raises:
+        ConfigError: the model has BatchNorm and nobody chose to average its statistics.
+    """
+
+    def __init__(self, task: Task, device: str = "auto") -> None:
+        self.task = task
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        model = task.model().to(self.device)
+        # convolutions and pooling are faster with the channels last, on CPUs as on GPUs
+        convolves = any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+        self._format = torch.channels_last if convolves else torch.contiguous_format
+        self.model = model.to(memory_format=self._format) if convolves else model  # type: ignore[call-overload]
+        self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._buffers = _running_statistics(self.model, task.average_buffers)
+        self._kept = [buffer for name, buffer in self.model.named_buffers() if name not in self._buffers]
+        self._initially = [buffer.clone() for buffer in self._kept]
+
+    def params(self) -> Params:
+        """A copy of what is communicated: the trained parameters and, if averaged, the buffers."""
+        own = {**self._trained, **self._buffers}
+        return {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in own.items()}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every trained parameter."""
+        return {name: p.shape for name, p in self._trained.items()}
+
+    def load(self, params: Params) -> torch.nn.Module:
+        """Copy ``params`` into the scratch model, and return it."""
+        own = {**self._trained, **self._buffers}
+        if params.keys() != own.keys():
+            raise ValueError(f"the params differ from the model's in {sorted(params.keys() ^ own.keys())}")
+        with torch.no_grad():
+            torch._foreach_copy_(list(own.values()), [params[name] for name in own])
+        return self.fresh()
+
+    def fresh(self) -> torch.nn.Module:
+        """The scratch model, where layers find what they keep from step to step as it was in the beginning."""
+        if self._kept:
+            torch._foreach_copy_(self._kept, self._initially)
+        return self.model
+
+    def train(
+        self,
+        start: Params,
+        client: Client | Group,
+        local: LocalTraining,
+        correction: Params | None = None,
+        proximal: float = 0.0,
+        loss: LossFunction | None = None,
+        examples: Columns | None = None,
+    ) -> LocalResult:
+        """Train from ``start`` on a client's examples.
+
+        Args:
+            start: The params to start from; not written to.
+            client: Whose examples, seed and round; a group trains together, and its result is stacked.
+            local: How to train.
+            correction: A tree that is added to every gradient.
+            proximal: μ of a term μ/2·‖params − start‖², whose gradient is added exactly.
+            loss: Instead of the task's loss.
+            examples: Instead of the client's examples; may have more columns, which the loss then meets.
+        """
+        if isinstance(client, Group):
+            if loss is not None or examples is not None:
+                raise ValueError(
+                    "a group trains with its task's loss and examples; call map_reduce without grouped=True"
+                )
+            return train_group(self, start, client, local, correction, proximal)
+        model = self.load(start).train()
+        params = list(self._trained.values())
+        step = stepper(params, self._trained, start, local, client.round, correction, proximal)
+        examples = self.task.examples(client.id) if examples is None else examples
+        length = num_examples(examples)
+        loss_of = loss or self.task.loss
+        num_steps = num_seen = 0
+        total_loss = torch.zeros((), device=self.device)
+        generator = torch.Generator().manual_seed(client.seed)
+        seed_draws(client.seed, self.device)  # for dropout and the like; the worker restores the caller's generator
+        for rows in local.batches(length, generator):
+            batch = self.prepare({name: column[rows] for name, column in examples.items()}, generator)
+            batch_loss = loss_of(model, batch)
+            gradients = torch.autograd.grad(batch_loss, params, materialize_grads=True)
+            with torch.no_grad():
+                step(gradients)
+                total_loss += batch_loss.detach() * len(rows)
+            num_steps, num_seen = num_steps + 1, num_seen + len(rows)
+        return LocalResult(self.params(), num_steps, length, total_loss.item() / num_seen)
+
+    def features(self, params: Params, examples: Columns) -> torch.Tensor:
+        """``model.features`` of every example, shape (n, d), in evaluation mode."""
+        model = self.load(params).eval()
+        with torch.no_grad():
+            blocks = [model.features(block["x"]) for block in self._blocks(examples)]  # type: ignore[operator]
+        return torch.cat(blocks)
+
+    def evaluate(self, params: Params, examples: Columns) -> dict[str, Any]:
+        """The task's sums over the examples, in evaluation mode."""
+        model = self.load(params).eval()
+        sums: dict[str, Any] = {}
+        with torch.no_grad():
+            for block in self._blocks(examples):
+                for name, value in self.task.evaluate(model, block).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def test(self, params: Params) -> Metrics:
+        """The task's metrics over the whole test set."""
+        examples = self.task.test_examples(0, self.task.num_test_examples)
+        return self.task.summarize(self.evaluate(params, examples))[0]
+
+    def prepare(self, examples: Columns, generator: torch.Generator | None = None) -> Columns:
+        """The task's ``prepare``, on this learner's device."""
+        ready = self.task.prepare({name: column.to(self.device) for name, column in examples.items()}, generator)
+        if self._format is not torch.channels_last:
+            return ready
+        images = {
+            name: column.contiguous(memory_format=self._format) for name, column in ready.items() if column.dim() == 4
+        }
+        return {**ready, **images}
+
+    def _blocks(self, examples: Columns) -> Iterator[Columns]:
+        for start in range(0, num_examples(examples), _BLOCK):
+            yield self.prepare({name: column[start : start + _BLOCK] for name, column in examples.items()})
+
+
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Seed the global generators; ``torch.manual_seed`` asks every kind of device, which costs more than a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def num_examples(columns: Columns) -> int:
+    """How many examples there are; none is an error."""
+    length = len(next(iter(columns.values())))
+    if length == 0:
+        raise ValueError("there are no examples to train on")
+    return length
+
+
+def _running_statistics(model: torch.nn.Module, average: bool) -> dict[str, torch.Tensor]:
+    statistics: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            if not average and any(p.requires_grad for p in model.parameters()):
+                raise ConfigError(
+                    f"the model's {path or 'root'} is {type(module).__name__}, whose running statistics are not "
+                    "trained parameters: clients would evaluate with statistics that nobody aggregated. Use group "
+                    "norm (norm: group), or average the statistics by choice (task.batch_norm=average)"
+                )
+            if average:
+                prefix = f"{path}." if path else ""
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_floating_point():
+                        statistics[prefix + name] = buffer
+    return statistics

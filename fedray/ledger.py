@@ -1,0 +1,132 @@
+"""What a federation would have sent, counted where it is sent: exact bytes, never read off the simulator's wire.
+
+A client receives the broadcast and sends its update; both are counted as the bytes of their tensors and eight for
+every number. The weight and the metrics that come with an update are bookkeeping and are not counted, as in the
+papers' tables.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fedray.aggregators import Aggregator
+from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Metrics
+from fedray.client_states import ClientStates
+
+
+def payload_bytes(tree: Any) -> int:
+    """Bytes of a tree on a federation's wire; of text in UTF-8, of lists and tuples those of their items.
+
+    >>> payload_bytes({"w": torch.zeros(10), "steps": 3})
+    48
+
+    Raises:
+        TypeError: it holds something whose size is not defined.
+    """
+    match tree:
+        case None:
+            return 0
+        case torch.Tensor():
+            return tree.numel() * tree.element_size()
+        case int() | float():
+            return 8
+        case str():
+            return len(tree.encode())
+        case dict():
+            return sum(map(payload_bytes, tree.values()))
+        case list() | tuple():
+            return sum(map(payload_bytes, tree))
+    raise TypeError(f"a {type(tree).__name__} cannot be sent; send tensors, numbers, text, and dicts or lists of them")
+
+
+@dataclass
+class Ledger:
+    """Bytes sent up (by clients) and down (to them): of the round in flight, and in total."""
+
+    up_total: int = 0
+    down_total: int = 0
+    up: int = 0
+    down: int = 0
+    down_each: int = 0
+
+    def open_round(self) -> None:
+        """Start counting a round."""
+        self.up = self.down = self.down_each = 0
+
+    def book(self, up: int, down_each: int, num_clients: int) -> None:
+        """Count one exchange of the cohort: ``up`` bytes in all, ``down_each`` for every client."""
+        self.up += up
+        self.up_total += up
+        self.down_each += down_each
+        self._book_down(down_each * num_clients)
+
+    def book_dropped(self, num_clients: int) -> None:
+        """Count clients that received all of this round's broadcasts and sent nothing."""
+        self._book_down(self.down_each * num_clients)
+
+    def _book_down(self, count: int) -> None:
+        self.down += count
+        self.down_total += count
+
+    def entry(self) -> dict[str, int]:
+        """The round's share of a line in ``metrics.jsonl``."""
+        return {
+            "bytes_up": self.up,
+            "bytes_down": self.down,
+            "bytes_up_total": self.up_total,
+            "bytes_down_total": self.down_total,
+        }
+
+
+@dataclass(frozen=True)
+class MeteredBackend:
+    """A backend that writes what its clients send and receive into a ledger."""
+
+    backend: Backend
+    ledger: Ledger
+
+    def map_reduce(
+        self,
+        client_update: ClientUpdate,
+        broadcast: Any,
+        cohort: Sequence[Client],
+        aggregator: Aggregator,
+        keeps_state: bool = False,
+        metered: bool = True,
+        grouped: bool = False,
+    ) -> tuple[Any, Metrics]:
+        """Run the cohort; see `fedray.algorithm.Backend`."""
+        if not metered:
+            return self.backend.map_reduce(client_update, broadcast, cohort, aggregator, keeps_state, grouped=grouped)
+        down_each = payload_bytes(broadcast)
+        (aggregate, sent), metrics = self.backend.map_reduce(
+            client_update, broadcast, cohort, _weighing(aggregator), keeps_state, grouped=grouped
+        )
+        self.ledger.book(sent, down_each, len(cohort))
+        return aggregate, metrics
+
+    def map(self, fn: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
+        """Server-side work: nothing is sent."""
+        return self.backend.map(fn, items)
+
+    @property
+    def client_states(self) -> ClientStates:
+        """What clients keep never leaves them."""
+        return self.backend.client_states
+
+
+def _weighing(aggregator: Aggregator) -> Aggregator:
+    """The same aggregation, beside the bytes of the updates."""
+
+    def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
+        return aggregator.accumulate(acc[0], client, result), acc[1] + payload_bytes(result.update)
+
+    return replace(
+        aggregator,
+        zero=lambda: (aggregator.zero(), 0),
+        accumulate=accumulate,
+        merge=lambda a, b: (aggregator.merge(a[0], b[0]), a[1] + b[1]),
+        report=lambda acc: (aggregator.report(acc[0]), acc[1]),
+    )

@@ -1,0 +1,165 @@
+"""How a client trains: the options that every algorithm shares, and one step of it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedray.trees import Number, Params
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains; the options that every algorithm shares.
+
+    Args:
+        local_lr: Learning rate of the clients.
+        local_epochs: Passes over a client's examples each round.
+        batch_size: Examples a step.
+        local_steps: Steps each round, instead of epochs; None for epochs.
+        local_optimizer: Optimizer of the clients; its state is new each round.
+        local_momentum: Heavy-ball momentum of SGD.
+        weight_decay: L2 term of SGD and Adam, decoupled for AdamW.
+        max_grad_norm: Clip each step's gradient to this Euclidean norm; None for no clipping.
+        local_lr_decay: The learning rate is multiplied by this after every round.
+        shuffle: A new random order of the examples each epoch; otherwise their stored order.
+    """
+
+    local_lr: float = 0.1
+    local_epochs: int = 1
+    batch_size: int = 32
+    local_steps: int | None = None
+    local_optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    local_momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    local_lr_decay: float = 1.0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("local_lr", "local_epochs", "batch_size", "local_steps", "max_grad_norm", "local_lr_decay"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be > 0")
+        if not 0 <= self.local_momentum < 1:
+            raise ValueError(f"local_momentum is {self.local_momentum}; it must be at least 0 and below 1")
+        if self.local_momentum and self.local_optimizer != "sgd":
+            raise ValueError(f"local_momentum is {self.local_momentum}; {self.local_optimizer} has no such option")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be >= 0")
+
+    def lr(self, round: int) -> float:
+        """The learning rate of a round (1-based)."""
+        return self.local_lr * self.local_lr_decay ** (round - 1)
+
+    def batches(self, length: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """The rows of each step's batch, out of ``length``; the last of an epoch may be smaller."""
+        steps_left = self.local_steps or -(-length // self.batch_size) * self.local_epochs
+        while True:
+            order = torch.randperm(length, generator=generator) if self.shuffle else torch.arange(length)
+            for rows in order.split(self.batch_size):
+                yield rows
+                steps_left -= 1
+                if steps_left == 0:
+                    return
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training came to; of a group, params are stacked and numbers are vectors.
+
+    Attributes:
+        params: The params after the last step.
+        num_steps: Steps made.
+        num_examples: Examples that the client holds.
+        loss: Mean loss over the steps, each before its update.
+    """
+
+    params: Params
+    num_steps: Number
+    num_examples: Number
+    loss: Number
+
+
+Gradients = tuple[torch.Tensor, ...] | list[torch.Tensor]
+Step = Callable[..., None]
+
+
+def stepper(
+    params: list[torch.Tensor],
+    names: Iterable[str],
+    start: Params,
+    local: LocalTraining,
+    round: int,
+    correction: Params | None,
+    proximal: float,
+    stacked: bool = False,
+) -> Step:
+    """One local step as a function of the gradients; it writes to ``params``.
+
+    Args:
+        params: What is trained.
+        names: The names of ``params``.
+        start: Where training started, for the proximal term.
+        local: How to train.
+        round: Which round it is, for the learning rate.
+        correction: A tree that is added to every gradient, or None.
+        proximal: μ of a term μ/2·‖params − start‖².
+        stacked: Whether ``params`` are a group's, with a first dimension of clients (``start`` and ``correction``
+            may lack it).
+
+    Returns:
+        ``step(gradients, active=None)``; of stacked params, ``active`` is 1 for the clients that move and 0 for others.
+    """
+    lr, velocity = local.lr(round), list[torch.Tensor]()
+    names, device = list(names), params[0].device
+    anchor = [start[name].to(device) for name in names] if proximal else []
+    shift = [correction[name].to(device) for name in names] if correction else []
+    library = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(local.local_optimizer)
+    optimizer = library(params, lr=lr, weight_decay=local.weight_decay) if library else None
+
+    def step(gradients: Gradients, active: torch.Tensor | None = None) -> None:
+        if shift:
+            gradients = torch._foreach_add(gradients, shift)
+        if proximal:
+            gradients = torch._foreach_add(gradients, torch._foreach_sub(params, anchor), alpha=proximal)
+        if local.max_grad_norm is not None:
+            gradients = clipped(gradients, local.max_grad_norm)
+        if optimizer is not None:
+            before = [param.clone() for param in params] if active is not None else []
+            for param, gradient in zip(params, gradients, strict=True):
+                param.grad = gradient
+            optimizer.step()
+            if active is not None:
+                for param, old in zip(params, before, strict=True):
+                    param.copy_(torch.where(rows(active, param) > 0, param, old))
+            return
+        # torch.optim.SGD's arithmetic without its bookkeeping, which costs as much as a small model's step
+        if local.weight_decay:
+            gradients = torch._foreach_add(gradients, params, alpha=local.weight_decay)
+        if local.local_momentum:
+            if velocity:
+                torch._foreach_mul_(velocity, local.local_momentum)
+                torch._foreach_add_(velocity, gradients)
+            else:
+                velocity.extend(torch._foreach_mul(gradients, 1.0))
+            gradients = velocity
+        if active is None:
+            torch._foreach_add_(params, gradients, alpha=-lr)
+            return
+        for param, gradient in zip(params, gradients, strict=True):
+            param.addcmul_(gradient, rows(active, param), value=-lr)
+
+    def clipped(gradients: Gradients, max_norm: float) -> Gradients:
+        if not stacked:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            return torch._foreach_mul(gradients, (max_norm / norm.clamp_min(1e-12)).clamp_max(1.0))
+        norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
+        factors = (max_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
+        return [gradient * rows(factors, gradient) for gradient in gradients]
+
+    def rows(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return vector.view(-1, *[1] * (like.dim() - 1))
+
+    return step

@@ -1,0 +1,31 @@
+"""Reference classifiers by name: ``MODELS[name](input_shape, num_classes, **options)``.
+
+``input_shape`` is the shape of one example, (channels, height, width) for the convolutional nets; inputs are float
+tensors that the task has normalised. Every model is a ``Classifier``: ``features(x)`` is the representation (N, d)
+and ``head`` maps it to logits. Parameters start at PyTorch's defaults, drawn from torch's global generator, which
+the caller seeds. A shape or an option that a model cannot have is a ValueError that begins with its name.
+
+>>> model = MODELS["mlp"]((1, 28, 28), 10, hidden=[64])
+>>> sum(p.numel() for p in model.parameters())
+50890
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from fedray.models.classifier import Classifier
+from fedray.models.nets import cnn, convnet, lenet, mlp, softmax
+from fedray.models.resnet import resnet18, resnet20
+
+__all__ = ["MODELS", "Classifier", "cnn", "convnet", "lenet", "mlp", "resnet18", "resnet20", "softmax"]
+
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    "softmax": softmax,
+    "mlp": mlp,
+    "cnn": cnn,
+    "lenet": lenet,
+    "convnet": convnet,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+}

@@ -1,0 +1,297 @@
+"""The report: one HTML page that needs nothing but itself, for one run or for several beside each other."""
+
+import html
+import json
+import math
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from fedray.errors import DataError
+from fedray.report import figures
+from fedray.report.compare import (
+    AXES,
+    Curve,
+    Group,
+    Rows,
+    best_accuracy,
+    curve,
+    default_targets,
+    difference_rows,
+    final_number,
+    group_by_seed,
+    quantity,
+    summary_rows,
+    target_rows,
+    total_seconds,
+)
+from fedray.report.read import RunRecord, flat, read_run, scalars
+
+_MAX_MULTIPLES = 36  # small pictures of what the algorithm reported
+_TOLD = {"round", "train_loss", "test_loss", "test_accuracy", "clients_sampled", "seconds"}  # elsewhere on the page
+
+
+def write_report(folders: Sequence[Path | str], out: Path | str, targets: Sequence[float] | None = None) -> Path:
+    """Write the page about the runs in ``folders`` to ``out``, whole or not at all; the same runs give the same bytes.
+
+    Args:
+        folders: run folders, finished or not; several are drawn over each other, seeds of one config as a band.
+        out: the HTML file.
+        targets: test accuracies for the rounds-to-target table; without it, a few that suit the runs.
+
+    Raises:
+        DataError: a folder is no run folder, or one of its files is corrupt.
+    """
+    if not folders:
+        raise DataError("a report needs at least one run folder; name the folders that `fedray run` has written")
+    runs = [read_run(folder) for folder in folders]
+    page = _one(runs[0]) if len(runs) == 1 else _several(runs, targets)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(out)
+    return out
+
+
+def _one(run: RunRecord) -> str:
+    group = Group(run.name, (run,))
+    panels = {"loss": ("train_loss", "test_loss"), "accuracy and F1": ("test_accuracy", "macro_f1")}
+    rows = [_row(title, [(_title(key), curve(group, key)) for key in keys], True) for title, keys in panels.items()]
+    sections = [
+        _headline(run),
+        _notes(run),
+        _section("Curves", "".join(rows)),
+        _section("Classes", _classes(run)),
+        _section("Who held what", _partition(run)),
+        _section("Where the time went", _phases(run)),
+        _multiples([group], _TOLD | {"macro_f1"}),
+        _section("Configuration", _settings(run)),
+    ]
+    return _page(run.name, _subtitle(run), sections)
+
+
+def _several(runs: Sequence[RunRecord], targets: Sequence[float] | None) -> str:
+    groups = group_by_seed(runs)
+    members = [run for group in groups for run in group.runs]
+    targets = default_targets(runs) if targets is None else targets
+    labels = [group.label + (f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "") for group in groups]
+    rows = [
+        _row(_title(key), [(label, curve(group, key)) for label, group in zip(labels, groups, strict=True)])
+        for key in ("test_accuracy", "test_loss", "train_loss")
+    ]
+    seeds = "Of several seeds: mean ± sample standard deviation." if len(members) > len(groups) else ""
+    band = " Several seeds of one configuration are one line, their mean, in a band from the lowest to the highest."
+    partitions = {_partition(group.runs[0]): group.label for group in reversed(groups)}
+    sections = [
+        _section("Results", _table(summary_rows(groups)), seeds),
+        _section(
+            "Cost of a target",
+            _table(target_rows(groups, targets)) if targets else "",
+            "When the test accuracy first reached the target; megabytes are those up and down together.",
+        ),
+        "".join(_notes(run, run.name) for run in members),
+        _section("Curves", "".join(rows) and _legend(labels) + "".join(rows), band.strip() if seeds else ""),
+        _section("What the configurations differ in", _table(difference_rows(groups))),
+        _multiples(groups, _TOLD),
+        *(_section(f"Who held what: {label}", picture) for picture, label in reversed(partitions.items()) if picture),
+        _section("Configurations", "".join(_settings(run, f" of {run.name}") for run in members)),
+    ]
+    return _page(f"{len(runs)} runs beside each other", ", ".join(labels), sections)
+
+
+def _headline(run: RunRecord) -> str:
+    best, planned = best_accuracy(run), run.config.get("rounds")
+    accuracy, macro_f1, loss = (final_number(run, key) for key in ("test_accuracy", "macro_f1", "test_loss"))
+    up, down = (final_number(run, f"bytes_{way}_total") for way in ("up", "down"))
+    done, sampled, seconds = final_number(run, "round"), final_number(run, "clients_sampled"), total_seconds(run)
+    cards = []
+    if accuracy is not None:
+        cards.append(("test accuracy", quantity(accuracy, 4), f"best {best[0]:.4f}, round {best[1]}" if best else ""))
+    if macro_f1 is not None:
+        cards.append(("macro F1", quantity(macro_f1, 4), f"test loss {quantity(loss)}" if loss is not None else ""))
+    if done is not None:
+        cards.append(("rounds", quantity(done, 0), f"of {planned:,}" if isinstance(planned, int) else ""))
+    if run.label_counts is not None:
+        count = f"{sampled:.0f} in the last round" if sampled else ""
+        cards.append(("clients", quantity(len(run.label_counts), 0), count))
+    if up is not None and down is not None:
+        ways = f"{quantity(up / 1e6)} up, {quantity(down / 1e6)} down"
+        cards.append(("megabytes sent", quantity((up + down) / 1e6), ways))
+    if seconds and done:
+        cards.append(("seconds", quantity(seconds), f"{quantity(seconds / done)} a round"))
+    items = (
+        f'<div class="card"><dt>{_text(name)}</dt><dd>{_text(value)}</dd><p>{_text(note)}</p></div>'
+        for name, value, note in cards
+    )
+    return f'<dl class="cards">{"".join(items)}</dl>' if cards else ""
+
+
+def _notes(run: RunRecord, name: str = "This run") -> str:
+    """What a reader must know before trusting the numbers: unfinished, diverged, clients that failed."""
+    notes = []
+    done, planned = final_number(run, "round"), run.config.get("rounds")
+    if done is None:
+        notes.append("has no round yet; there is nothing to show but what it was given.")
+    elif isinstance(planned, int) and done < planned:
+        notes.append(f"stands at round {done:.0f} of {planned}; `fedray resume` goes on from its last checkpoint.")
+    broken = {
+        key: int(line.x["rounds"][~np.isfinite(line.y)][0])
+        for key in ("train_loss", "test_loss")
+        if not np.isfinite((line := curve(Group("", (run,)), key)).y).all()
+    }
+    if broken:
+        first = min(broken, key=lambda key: broken[key])
+        notes.append(f"diverged: its {_title(first)} is not a finite number in round {broken[first]}.")
+    failed = sum(scalars(record).get("clients_failed", 0.0) for record in run.metrics)
+    if failed:
+        notes.append(f"lost {failed:.0f} client updates to failures.")
+    return "".join(f'<p class="note">{_text(name)} {_text(note)}</p>' for note in notes)
+
+
+def _row(title: str, lines: Sequence[tuple[str, Curve]], legend: bool = False) -> str:
+    """One number against rounds, megabytes and seconds; a line keeps its style when another one has no points."""
+    kept = [(style, label, line) for style, (label, line) in enumerate(lines) if len(line.y)]
+    drawn, styles = [line for _, _, line in kept], [style for style, _, _ in kept]
+    axes = [axis for axis in AXES if any(line.x[axis].max() > 0 for line in drawn)] or (["rounds"] if drawn else [])
+    if len(kept) == 1 and legend:
+        title = kept[0][1]
+    pictures = "".join(f"<figure>{figures.curves_svg(drawn, axis, title, styles)}</figure>" for axis in axes)
+    names = _legend([label for label, _ in lines]) if legend and len(kept) > 1 else ""
+    return f'{names}<div class="grid">{pictures}</div>' if pictures else ""
+
+
+def _legend(labels: Sequence[str]) -> str:
+    items = []
+    for index, label in enumerate(labels):
+        colour, (_, dashes) = figures.line_style(index)
+        dash = f' stroke-dasharray="{" ".join(f"{2 * part:g}" for part in dashes)}"' if dashes else ""
+        line = f'<svg viewBox="0 0 28 8"><path d="M1 4H27" stroke="{colour}" stroke-width="3"{dash}/></svg>'
+        items.append(f"<li>{line}{_text(label)}</li>")
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _multiples(groups: Sequence[Group], told: set[str]) -> str:
+    """Every further number that the algorithm reported: a small picture, or a word if it never changed."""
+    keys = dict.fromkeys(
+        key for group in groups for run in group.runs for record in run.metrics for key in scalars(record)
+    )
+    pictures: list[str] = []
+    constant: list[str] = []
+    for key in keys:
+        if key in told or key.startswith(("bytes_", "phases/")):
+            continue
+        lines = [(group.label, curve(group, key)) for group in groups]
+        values = {value for _, line in lines for value in line.y.tolist()}
+        if len(values) == 1 and len(groups) == 1:
+            constant.append(f"{_title(key)} {quantity(values.pop())}")
+        elif len(values) > 1 and len(pictures) < _MAX_MULTIPLES:
+            kept = [(style, line) for style, (_, line) in enumerate(lines) if len(line.y)]
+            svg = figures.curves_svg([line for _, line in kept], "rounds", _title(key), [style for style, _ in kept])
+            pictures.append(f"<figure>{svg}</figure>")
+    body = f'<div class="grid small">{"".join(pictures)}</div>' if pictures else ""
+    never = f"The same in every round: {', '.join(constant)}." if constant else ""
+    return _section("What else was measured", body or " " * bool(never), never)
+
+
+def _classes(run: RunRecord) -> str:
+    """Precision, recall, F1 and support of each class, beside the confusion matrix."""
+    confusion = run.confusion
+    if confusion is None or run.evaluation is None:
+        return ""
+    classes = [str(name) for name in run.evaluation.get("classes", run.classes)]
+    classes += [str(index) for index in range(len(classes), len(confusion))]
+    hits, support, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    precision, recall = hits / np.maximum(predicted, 1), hits / np.maximum(support, 1)
+    f1 = 2 * hits / np.maximum(support + predicted, 1)
+    rows = [["class", "precision", "recall", "F1", "support"]]
+    for name, *values, count in zip(classes, precision, recall, f1, support, strict=True):
+        rows.append([name, *(f"{value:.3f}" for value in values), f"{count:,}"])
+    means = (f"{column.mean():.3f}" for column in (precision, recall, f1))
+    rows.append(["mean over classes", *means, f"{support.sum():,}"])
+    picture = f"<figure>{figures.confusion_svg(confusion, classes)}</figure>"
+    return f'<div class="pair"><div class="tall">{_table(rows)}</div>{picture}</div>'
+
+
+def _partition(run: RunRecord) -> str:
+    counts = run.label_counts
+    return "" if counts is None else f"<figure>{figures.partition_svg(counts, run.classes)}</figure>"
+
+
+def _phases(run: RunRecord) -> str:
+    total: dict[str, float] = {}
+    for record in run.metrics:
+        for key, value in scalars(record).items():
+            if key.startswith("phases/") and math.isfinite(value):
+                total[_title(key[7:])] = total.get(_title(key[7:]), 0.0) + value
+    whole = sum(total.values())
+    if not whole:
+        return ""
+    rows = (
+        f'<tr><td>{_text(name)}</td><td>{quantity(value)} s</td><td>{value / whole:.1%}</td><td class="bar">'
+        f'<span style="width:{value / whole:.2%}"></span></td></tr>'
+        for name, value in sorted(total.items(), key=lambda item: -item[1])
+    )
+    return f'<table class="phases">{"".join(rows)}</table>'
+
+
+def _settings(run: RunRecord, of: str = "") -> str:
+    from omegaconf import OmegaConf
+
+    blocks = {"configuration": OmegaConf.to_yaml(OmegaConf.create(run.config))}
+    if run.environment:
+        blocks["environment"] = json.dumps(run.environment, indent=2, ensure_ascii=False)
+    return "".join(
+        f"<details><summary>{_text(name.capitalize() + of)}</summary><pre>{_text(text)}</pre></details>"
+        for name, text in blocks.items()
+    )
+
+
+def _subtitle(run: RunRecord) -> str:
+    options = dict(flat(run.config))
+    told = [options[key] for key in ("algorithm.name", "task.data.name", "task.model.name") if key in options]
+    return ", ".join([*map(str, told), f"seed {options['seed']}"] if "seed" in options else map(str, told))
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    words = f'<p class="words">{_text(note)}</p>' if note else ""
+    return f"<section><h2>{_text(title)}</h2>{words}{body}</section>" if body else ""
+
+
+def _table(rows: Rows) -> str:
+    """The table; nothing if there are no rows under the header."""
+    if len(rows) < 2:
+        return ""
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in rows[0])
+    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _title(key: str) -> str:
+    return key.replace("_", " ").replace("/", ", ").replace(" f1", " F1")
+
+
+def _text(value: str) -> str:
+    return html.escape(value)
+
+
+def _page(title: str, subtitle: str, sections: Sequence[str]) -> str:
+    css = resources.files("fedray.report").joinpath("page.css").read_text(encoding="utf-8")
+    body = "\n".join(section for section in sections if section)
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{_text(title)} – fedray</title>
+<style>
+{css}</style>
+<main>
+<header><h1>{_text(title)}</h1><p>{_text(subtitle)}</p></header>
+{body}
+</main>
+</html>
+"""

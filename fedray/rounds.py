@@ -1,0 +1,74 @@
+"""The training loop, as a generator: the caller's ``for`` body is the callback."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedray.algorithm import Backend, Client, FederatedAlgorithm, Metrics
+from fedray.samplers import Population, Selection, uniform
+from fedray.seeds import seed_for
+
+Sampler = Callable[[Population, int, np.random.Generator, int], Selection]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One finished round: its number (1-based), the new server state, and what it cost.
+
+    ``phases`` are seconds by name.
+    """
+
+    number: int
+    state: Any
+    metrics: Metrics
+    selection: Selection
+    phases: dict[str, float]
+
+
+def draw(population: Population, cohort: int, sampler: Sampler, seed: int, round: int) -> Selection:
+    """The cohort of a round: it depends on the seed and the round only, never on the backend."""
+    return sampler(population, cohort, np.random.default_rng(seed_for(seed, "cohort", round)), round)
+
+
+def clients(selection: Selection, population: Population, seed: int, round: int) -> list[Client]:
+    """The members of a cohort, each with its own seed."""
+    return [
+        Client(id, seed_for(seed, "client", round, id), round, slot, float(population.sizes[id]))
+        for slot, id in enumerate(selection.clients)
+    ]
+
+
+def rounds(
+    algorithm: FederatedAlgorithm,
+    state: Any,
+    backend: Backend,
+    population: Population,
+    cohort: int,
+    sampler: Sampler = uniform,
+    seed: int = 0,
+    start: int = 0,
+) -> Iterator[Round]:
+    """Train without end, one round at a time; ``state`` is what was reached after round ``start``.
+
+    From the start, clients keep nothing from an earlier training on the same backend.
+    """
+    number = start
+    if start == 0:
+        backend.client_states.clear()
+    while True:
+        number += 1
+        began = time.perf_counter()
+        selection = draw(population, cohort, sampler, seed, number)
+        members = clients(selection, population, seed, number)
+        drawn = time.perf_counter()
+        try:
+            state, metrics = algorithm.apply(state, members, backend)
+        except BaseException:
+            backend.client_states.discard()
+            raise
+        backend.client_states.commit()
+        phases = {"sample": drawn - began, "train": time.perf_counter() - drawn}
+        yield Round(number, state, metrics, selection, phases)

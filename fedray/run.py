@@ -1,0 +1,224 @@
+"""A run from its configuration to its report: ``fedray run`` and ``fedray resume`` for Python and the shell."""
+
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from fedray import config
+from fedray.checkpoint import newest_round, replace_file
+from fedray.errors import ConfigError, DataError
+from fedray.experiment import Plan, plan
+from fedray.learner import Task
+from fedray.progress import progress
+from fedray.report import RunRecord, read_run, write_report
+
+PACKAGES = ("fedray", "ray", "torch", "numpy", "omegaconf", "safetensors", "scikit-learn", "datasets")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, and whether its run came to its last round."""
+
+    folder: Path
+    finished: bool
+
+    @property
+    def record(self) -> RunRecord:
+        """Everything that the folder says."""
+        return read_run(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record a round; see `fedray.report.RunRecord`."""
+        return self.record.metrics
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The newest value of everything that was measured."""
+        return self.record.final
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by a signal before its last round; its folder can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; go on with: fedray resume {folder}")
+
+
+def run(
+    source: str | Path | Mapping[str, Any] = "quickstart", overrides: Sequence[str] = (), out: str | Path | None = None
+) -> Run:
+    """Run an experiment from the start.
+
+    Args:
+        source: A YAML file, the name of a shipped experiment, or a mapping.
+        overrides: ``key=value`` texts on top, as on the command line.
+        out: The run folder; ``runs/<name>-<time>`` if None.
+
+    Raises:
+        ConfigError: a mistake in the configuration; nothing was started.
+        Interrupted: SIGINT or SIGTERM; the folder can be resumed.
+    """
+    values = config.read(source if isinstance(source, Mapping) else find(str(source)), overrides)
+    made = plan(values)
+    name = "run" if isinstance(source, Mapping) else _name(find(str(source)))
+    folder = Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be the run folder ({error.strerror}); choose another --out") from None
+    if not empty:
+        raise ConfigError(f"{folder} is not empty; choose another --out, or go on with: fedray resume {folder}")
+    values["group"] = made.experiment.group  # what a rule chose stays chosen, whatever the rule becomes
+    _save(values, folder)
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    np.savez(folder / "partition.npz", **made.experiment.task.holdings())  # type: ignore[arg-type]
+    return _follow(made, values, folder)
+
+
+def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Go on with a run from its newest checkpoint.
+
+    Args:
+        folder: The run folder.
+        overrides: ``rounds=...`` for another last round, ``backend....`` to run elsewhere, ``trackers``.
+
+    Raises:
+        DataError: it is no run folder, or the data are no longer what the run began with.
+    """
+    folder = Path(folder)
+    read_run(folder)
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0] not in ("rounds", "backend", "trackers"):
+            allowed = "only rounds, backend and trackers can change"
+            raise ConfigError(f"the override {override!r} would make it another run; {allowed}")
+    values = config.read(folder / "config.yaml", overrides)
+    made = plan(values)
+    done = newest_round(folder)
+    if made.experiment.rounds < done:
+        raise ConfigError(f"rounds is {made.experiment.rounds}; {folder} has already done {done}, which stay done")
+    _check_same_data(made.experiment.task, folder / "partition.npz")
+    _save(values, folder)
+    return _follow(made, values, folder)
+
+
+def shipped() -> dict[str, Path]:
+    """The shipped experiments by name, each a YAML file."""
+    package = Path(__file__).parent
+    for root in (package / "experiments", package.parent / "experiments"):
+        if root.is_dir():
+            return {_name(path): path for path in sorted(root.glob("*/*.yaml"))}
+    return {}
+
+
+def find(source: str) -> Path:
+    """The YAML file that ``source`` names: a path, or a shipped experiment's name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if source in shipped():
+        return shipped()[source]
+    hint = config.nearest(source, shipped())
+    raise ConfigError(f"there is no configuration {source!r}: no such file, and no shipped experiment; {hint}")
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran with: versions, and the hardware in words. No names, no paths, no environment variables."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "versions": versions,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _follow(made: Plan, values: dict[str, Any], folder: Path) -> Run:
+    rounds = made.experiment.rounds
+    start = newest_round(folder)
+    launch, trackers, experiment = made.launcher.launch, made.trackers, made.experiment
+    del made  # the driver holds the data; a second copy here would stay for the whole run
+    with ExitStack() as stack:
+        show = stack.enter_context(progress(rounds, start))
+        tracks = [stack.enter_context(tracker(folder, values)) for tracker in trackers]
+        stop = stack.enter_context(_signals(folder))
+        records = launch(experiment, folder, stop.is_set)
+        del experiment
+        done = start
+        try:
+            for record in records:
+                done = record["round"]
+                show(record)
+                for track in tracks:
+                    track(record)
+        except Exception as error:
+            error.add_note(f"the run is in {folder}; once the cause is mended, go on with: fedray resume {folder}")
+            raise
+    write_report([folder], folder / "report.html")
+    if done < rounds:
+        raise Interrupted(folder)
+    return Run(folder, finished=True)
+
+
+def _save(values: dict[str, Any], folder: Path) -> None:
+    replace_file(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(values)).encode())
+
+
+@contextmanager
+def _signals(folder: Path) -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second one stops at once."""
+    stop = threading.Event()
+
+    def handle(_number: int, _frame: Any) -> None:
+        if stop.is_set():
+            raise Interrupted(folder)
+        stop.set()
+        print("stopping after this round; once more to stop at once", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals belong to the main thread; there the caller deals with them
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_same_data(task: Task, path: Path) -> None:
+    try:
+        with np.load(path, allow_pickle=False) as before:
+            same = all(np.array_equal(before[name], array) for name, array in task.holdings().items())
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path} cannot be read ({error}); without it the run cannot be resumed safely") from None
+    if not same:
+        raise DataError(f"{path} differs from the data as they are now; restore the data (or fedray's version) of then")
+
+
+def _name(path: Path) -> str:
+    return path.parent.name if path.stem == "run" else f"{path.parent.name}/{path.stem}"

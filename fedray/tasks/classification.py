@@ -1,0 +1,144 @@
+"""Classification of images, or of any tensors, by cross-entropy."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fedray.algorithm import EVERYONE, Metrics
+from fedray.data import Dataset, Partition
+from fedray.learner import Columns, Task
+from fedray.seeds import seed_for
+
+Partitioner = Callable[[Dataset, int], Partition]
+ModelBuilder = Callable[[tuple[int, ...], int], torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A dataset, who holds which part of it, and a model."""
+
+    data: Dataset
+    partition: Partition
+    build_model: ModelBuilder
+    seed: int
+    augment: Literal["none", "crop_flip"]
+    average_buffers: bool
+    weighted_loss: bool = True
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each client, shape (num_clients,)."""
+        return self.partition.sizes
+
+    @property
+    def num_test_examples(self) -> int:
+        """How many test examples there are."""
+        return len(self.data.test["y"])
+
+    def holdings(self) -> dict[str, np.ndarray]:
+        """The partition (``indices``, ``offsets``, ``names``), ``label_counts`` (clients × ``classes``), checksums."""
+        columns = [split[name] for split in (self.data.train, self.data.test) for name in sorted(split)]
+        return {
+            "indices": self.partition.indices,
+            "offsets": self.partition.offsets,
+            "names": np.array(self.partition.names, np.str_),
+            "classes": np.array(self.data.classes, np.str_),
+            "label_counts": self.partition.label_counts(self.data.train["y"], self.data.num_classes),
+            "data_crc32": np.array([zlib.crc32(column.data) for column in columns]),
+        }
+
+    def model(self) -> torch.nn.Module:
+        """A new model; its parameters are drawn from the run's seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_for(self.seed, "model"))
+            return self.build_model(self.data.input_shape, self.data.num_classes)
+
+    def examples(self, client: int) -> Columns:
+        """``x`` as stored and ``y`` (int64) of one client, or of all clients."""
+        held = self.partition.indices if client == EVERYONE else self.partition.client(client)
+        return {name: torch.from_numpy(self.data.train[name][held]) for name in ("x", "y")}
+
+    def test_examples(self, start: int, stop: int) -> Columns:
+        """A slice of the test set."""
+        return {name: torch.from_numpy(np.array(self.data.test[name][start:stop])) for name in ("x", "y")}
+
+    def prepare(self, examples: Columns, generator: torch.Generator | None) -> Columns:
+        """Normalise ``x`` (uint8 is read as 0..255) to mean 0 and deviation 1 a channel, and augment for training."""
+        x = examples["x"]
+        if generator is not None and self.augment == "crop_flip":
+            x = _crop_and_flip(x, generator)
+        shape = (-1, *[1] * (x.dim() - 2))
+        scale = 255.0 if x.dtype == torch.uint8 else 1.0
+        mean = torch.tensor(self.data.mean, device=x.device).view(shape) * scale
+        std = torch.tensor(self.data.std, device=x.device).view(shape) * scale
+        return {**examples, "x": (x.to(torch.float32) - mean) / std}
+
+    def loss(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
+        """Mean cross-entropy."""
+        logits = model(batch["x"])
+        if "weight" not in batch:
+            return F.cross_entropy(logits, batch["y"])
+        return F.cross_entropy(logits, batch["y"], reduction="none") @ batch["weight"]
+
+    def evaluate(self, model: torch.nn.Module, batch: Columns) -> dict[str, Any]:
+        """The summed loss, and the confusion matrix (true class × predicted class)."""
+        logits, classes = model(batch["x"]), self.data.num_classes
+        pairs = batch["y"] * classes + logits.argmax(1)
+        confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
+        return {"loss": F.cross_entropy(logits, batch["y"], reduction="sum").item(), "confusion": confusion}
+
+    def summarize(self, sums: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
+        """Loss, accuracy and macro-averaged F1 (classes without test examples left out)."""
+        confusion = torch.as_tensor(sums["confusion"], dtype=torch.float64)
+        support, predicted, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+        present = support > 0
+        f1 = 2 * hits / (support + predicted).clamp_min(1)
+        metrics = {
+            "test_loss": float(sums["loss"]) / float(support.sum()),
+            "test_accuracy": float(hits.sum() / support.sum()),
+            "macro_f1": float(f1[present].mean()),
+        }
+        return metrics, {"classes": list(self.data.classes), "confusion": confusion.long().tolist()}
+
+
+def classification(
+    seed: int,
+    /,
+    *,
+    data: Dataset,
+    partition: Partitioner,
+    model: ModelBuilder,
+    augment: Literal["none", "crop_flip"] = "none",
+    batch_norm: Literal["refuse", "average"] = "refuse",
+) -> Task:
+    """Classification by cross-entropy; accuracy and macro-F1 on a global test set.
+
+    Args:
+        data: The dataset.
+        partition: Who holds which part of it.
+        model: The classifier.
+        augment: Random shifts by up to an eighth of the size, and horizontal flips, of training images.
+        batch_norm: Whether a model with BatchNorm is refused, or its running statistics averaged.
+    """
+    if augment == "crop_flip" and len(data.input_shape) != 3:
+        raise ValueError(f"augment is crop_flip; {data.name} has examples of shape {data.input_shape}, not images")
+    parts = partition(data, seed_for(seed, "partition"))
+    return Classification(data, parts, model, seed, augment, batch_norm == "average")
+
+
+def _crop_and_flip(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    count, _, height, width = x.shape
+    pad = max(1, height // 8)
+    padded = F.pad(x, (pad, pad, pad, pad))
+    down, right = torch.randint(2 * pad + 1, (2, count, 1), generator=generator).to(x.device)
+    flip = torch.rand(count, 1, generator=generator).to(x.device) < 0.5
+    rows = down + torch.arange(height, device=x.device)
+    columns = torch.arange(width, device=x.device).expand(count, width)
+    columns = right + torch.where(flip, width - 1 - columns, columns)
+    image = torch.arange(count, device=x.device)
+    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,139 @@
+"""The training loop with everything that a run folder holds; the same wherever it runs."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fedray import checkpoint
+from fedray.algorithm import FederatedAlgorithm
+from fedray.evaluation import evaluate
+from fedray.experiment import Experiment
+from fedray.learner import Learner, Task
+from fedray.ledger import Ledger, MeteredBackend
+from fedray.rounds import rounds
+
+Record = dict[str, Any]
+
+
+def train(
+    experiment: Experiment, folder: Path, backend: Any, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Record]:
+    """Train from the newest checkpoint in ``folder``, or from the start; yield each round's record once it is kept.
+
+    The seconds that a checkpoint took stand in the next round's record.
+
+    Args:
+        experiment: What to do.
+        folder: The run's folder, which exists.
+        backend: Where clients run.
+        stop: Asked between rounds; once it is true, a checkpoint is written and the loop ends.
+    """
+    began = time.perf_counter()
+    state = _initial_state(experiment.algorithm, experiment.task)
+    ledger, done = Ledger(), 0
+    found = checkpoint.read_newest(folder, state)
+    if found is not None:
+        done, state = found.round, found.state
+        ledger = Ledger(up_total=found.progress["bytes_up_total"], down_total=found.progress["bytes_down_total"])
+        backend.client_states.clear()
+        backend.client_states.committed |= {
+            client: (at, backend.store(kept)) for client, (at, kept) in found.clients.items()
+        }
+    metrics_path = folder / "metrics.jsonl"
+    _forget_after(metrics_path, done if found is not None else -1)
+    checkpoint.forget_after(folder, done if found is not None else -1)
+
+    def save(number: int) -> None:
+        checkpoint.write(
+            folder, number, state, backend.client_states, backend.fetch, ledger.entry(), experiment.keep_checkpoints
+        )
+
+    def test(number: int) -> dict[str, float]:
+        metrics, details = evaluate(experiment.task, state.params, backend)
+        checkpoint.replace_file(folder / "evaluation.json", _json({"round": number, **details}).encode())
+        return metrics
+
+    if found is None and experiment.evaluate_every:
+        yield _keep(metrics_path, {"round": 0, **test(0), **ledger.entry(), "seconds": time.perf_counter() - began})
+
+    loop = rounds(
+        experiment.algorithm,
+        state,
+        MeteredBackend(backend, ledger),
+        experiment.population,
+        experiment.cohort,
+        experiment.sampler,
+        experiment.seed,
+        start=done,
+    )
+    saved = done if found is not None else None
+    between: dict[str, float] = {}  # seconds since the last line that are in no line yet
+    while done < experiment.rounds and not stop():
+        began = time.perf_counter()
+        ledger.open_round()
+        finished = next(loop)
+        done, state, phases = finished.number, finished.state, {**finished.phases, **between}
+        failed = int(finished.metrics.get("clients_failed", 0)) + len(finished.selection.dropped)
+        ledger.book_dropped(len(finished.selection.dropped))
+        sampled = len(finished.selection.clients) + len(finished.selection.dropped)
+        last = done == experiment.rounds
+        tested: dict[str, float] = {}
+        if last or (experiment.evaluate_every and done % experiment.evaluate_every == 0):
+            start = time.perf_counter()
+            tested = test(done)
+            phases["evaluate"] = time.perf_counter() - start
+        record = {"round": done, **tested, **finished.metrics, "clients_sampled": sampled, "clients_failed": failed}
+        seconds = time.perf_counter() - began + sum(between.values())
+        record = _keep(metrics_path, {**record, **ledger.entry(), "seconds": seconds, "phases": phases})
+        between = {}
+        if last or (experiment.checkpoint_every and done % experiment.checkpoint_every == 0):
+            start = time.perf_counter()
+            save(done)  # after the line: whoever dies between the two runs the round again, and writes the line again
+            saved = done
+            between = {"checkpoint": time.perf_counter() - start}
+        yield record
+    if done < experiment.rounds:
+        if saved != done:
+            save(done)
+        return
+    checkpoint.write_params(folder / "model.safetensors", state.params)
+
+
+def _initial_state(algorithm: FederatedAlgorithm, task: Task) -> Any:
+    return algorithm.init({name: tensor.cpu() for name, tensor in Learner(task, "cpu").params().items()})
+
+
+def _keep(path: Path, record: Record) -> Record:
+    with path.open("a") as file:
+        file.write(_json(record) + "\n")
+    return record
+
+
+def _json(value: Any) -> str:
+    """JSON proper, which knows neither NaN nor infinity: null stands for them."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def _forget_after(path: Path, round: int) -> None:
+    """Drop the lines of rounds that will be run again, and a last line that a crash cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["round"] <= round:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    checkpoint.replace_file(path, "".join(kept).encode())

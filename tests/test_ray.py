@@ -1,0 +1,228 @@
+"""The Ray backend computes what the serial one computes, to the bit, and survives what kills processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fedray.aggregators import collect, mean
+from fedray.algorithm import Client, ClientResult
+from fedray.algorithms import ALGORITHMS
+from fedray.backends.serial import SerialBackend
+from fedray.errors import ClientError, ConfigError, FedrayError
+from fedray.experiment import plan
+from fedray.learner import Learner
+from fedray.rounds import rounds
+from fedray.trees import leaves
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+CONFIG = {
+    "rounds": 3,
+    "cohort": 5,
+    "task": {
+        "name": "classification",
+        "data": {"name": "digits"},
+        "partition": {"name": "dirichlet", "num_clients": 12, "alpha": 0.5},
+        "model": {"name": "mlp", "hidden": [8]},
+    },
+}
+
+
+def experiment(algorithm="fedavg", **changes):
+    return plan({**CONFIG, "algorithm": {"name": algorithm, "batch_size": 8}, **changes}).experiment
+
+
+def ray_backend(task, cohort=5, **resources):
+    from fedray.backends.ray.backend import RayBackend, Resources
+
+    return RayBackend(task, cohort, Resources(**{"num_gpus": 0, **resources}))
+
+
+@pytest.fixture(scope="module")
+def ray_backends(ray_local):
+    backends = {count: ray_backend(experiment().task, num_workers=count) for count in (1, 2, 3)}
+    yield backends
+    for backend in backends.values():
+        backend.close()
+
+
+def train(made, backend, num_rounds=3):
+    backend.client_states.committed.clear()
+    state = made.algorithm.init(Learner(made.task).params())
+    loop = rounds(made.algorithm, state, backend, made.population, made.cohort, made.sampler)
+    for _ in range(num_rounds):
+        finished = next(loop)
+    return finished
+
+
+def bits(tree):
+    return [leaf.view(torch.uint8).tolist() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves(tree)]
+
+
+def client_states(backend):
+    return {client: bits(backend.fetch(handle)) for client, (_, handle) in backend.client_states.committed.items()}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_any_number_of_workers_gives_the_bytes_of_the_serial_backend(algorithm, ray_backends):
+    made = experiment(algorithm)
+    serial = SerialBackend(made.task)
+    expected = train(made, serial)
+    for backend in ray_backends.values():
+        found = train(made, backend)
+        assert bits(vars(found.state)) == bits(vars(expected.state))
+        assert found.metrics == expected.metrics
+        assert client_states(backend) == client_states(serial)
+
+
+@pytest.mark.parametrize("aggregator", ["median", "krum"])
+def test_robust_aggregation_gives_the_bytes_of_the_serial_backend(aggregator, ray_backends):
+    made = plan({**CONFIG, "algorithm": {"name": "fedavg", "aggregator": {"name": aggregator}}}).experiment
+    expected = train(made, SerialBackend(made.task))
+    for backend in ray_backends.values():
+        assert bits(vars(train(made, backend).state)) == bits(vars(expected.state))
+
+
+def cohort_of(*ids):
+    return [Client(id, seed=id, slot=slot) for slot, id in enumerate(ids)]
+
+
+def die_once(learner, marker, client):
+    """Client 3 takes its worker down the first time that it runs."""
+    if client.id == 3 and not Path(marker["path"]).exists():
+        Path(marker["path"]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ClientResult({"id": float(client.id)}, 1, {"loss": float(client.id)})
+
+
+def test_a_worker_killed_in_mid_round_changes_nothing(ray_backends, tmp_path):
+    cohort = cohort_of(*range(8))
+    for count, backend in ray_backends.items():
+        marker = {"path": str(tmp_path / f"died-{count}")}
+        result, metrics = backend.map_reduce(die_once, marker, cohort, mean())
+        assert Path(marker["path"]).exists(), "nothing died"
+        assert (result, metrics) == ({"id": 3.5}, {"loss": 3.5})
+
+
+def test_scaffold_survives_killed_workers_with_the_same_bytes_and_client_states(ray_backends):
+    made = experiment("scaffold")
+    serial, backend = SerialBackend(made.task), ray_backends[2]
+    expected = train(made, serial, num_rounds=4)
+    backend.client_states.committed.clear()
+    state = made.algorithm.init(Learner(made.task).params())
+    loop = rounds(made.algorithm, state, backend, made.population, made.cohort, made.sampler)
+    for _ in range(4):
+        finished = next(loop)
+        os.kill(backend.workers[0]["pid"], signal.SIGKILL)  # its states must not die with it
+        backend.workers = backend.probe()
+    assert bits(vars(finished.state)) == bits(vars(expected.state))
+    assert client_states(backend) == client_states(serial)
+
+
+def always_die(learner, broadcast, client):
+    if client.id == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ClientResult({"id": float(client.id)}, 1)
+
+
+def test_a_client_that_always_kills_its_worker_is_named(ray_backends):
+    with pytest.raises(ClientError, match=r"client 3 failed in round 1:\nit took its worker down 3 times"):
+        ray_backends[2].map_reduce(always_die, None, cohort_of(*range(6)), collect())
+
+
+def test_a_client_that_kills_workers_can_be_dropped():
+    backend = ray_backend(experiment().task, num_workers=2, on_client_error="drop")
+    result, metrics = backend.map_reduce(always_die, None, cohort_of(*range(6)), collect())
+    backend.close()
+    assert [update["id"] for update in result] == [0, 1, 2, 4, 5]
+    assert metrics["clients_failed"] == 1
+
+
+def fail(learner, broadcast, client):
+    raise RuntimeError(f"no data for {client.id}")
+
+
+def test_a_client_that_raises_shows_its_own_traceback(ray_backends):
+    with pytest.raises(ClientError, match=r"(?s)client 2 failed in round 1.*in fail.*RuntimeError: no data for 2"):
+        ray_backends[2].map_reduce(fail, None, cohort_of(2), mean())
+
+
+def write_into_the_broadcast(learner, broadcast, client):
+    broadcast["w"].add_(1)
+    return ClientResult({}, 1)
+
+
+def test_writing_into_the_shared_broadcast_is_caught(ray_backends):
+    with pytest.raises(ClientError, match="client 0 wrote into the broadcast"):
+        ray_backends[1].map_reduce(write_into_the_broadcast, {"w": torch.zeros(3)}, cohort_of(0), mean())
+
+
+def test_map_keeps_the_order_of_its_items(ray_backends):
+    assert ray_backends[3].map(lambda learner, item: item**2, range(10)) == [i**2 for i in range(10)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_tensors_travel_unchanged(dtype, ray_backends):
+    sent = torch.arange(6).reshape(2, 3).to(dtype)
+    [received] = ray_backends[1].map(lambda learner, item: item.clone(), [sent])
+    assert received.dtype == dtype
+    assert torch.equal(received, sent)
+
+
+def test_fractions_of_gpus_are_filled_by_workers():
+    backend = ray_backend(experiment().task, num_workers=8, num_cpus=0.5, num_gpus=0.5)
+    held = Counter(gpu for worker in backend.workers for gpu in worker["gpus"])
+    backend.close()
+    assert held == {"0": 2, "1": 2, "2": 2, "3": 2} or held == {0: 2, 1: 2, 2: 2, 3: 2}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cluster", "expected"),
+    [
+        ({}, {"CPU": 8}, (8, 0.0)),
+        ({}, {"CPU": 64}, (20, 0.0)),  # never more than clients
+        ({}, {"CPU": 16, "GPU": 4}, (4, 1.0)),
+        ({"num_gpus": 0.5}, {"CPU": 16, "GPU": 4}, (8, 0.5)),
+        ({"num_gpus": 0}, {"CPU": 16, "GPU": 4}, (16, 0.0)),
+        ({"num_cpus": 2.0}, {"CPU": 9}, (4, 0.0)),
+        ({"clients_per_worker": 1, "num_cpus": 0.1}, {"CPU": 8}, (20, 0.0)),
+        ({"clients_per_worker": 8}, {"CPU": 8}, (3, 0.0)),
+        ({"num_workers": 3}, {"CPU": 8}, (3, 0.0)),
+    ],
+)
+def test_the_number_of_workers_follows_from_the_cluster(wanted, cluster, expected):
+    from fedray.backends.ray.backend import Resources
+
+    resolved = Resources(**wanted).resolve(cluster, cohort=20)
+    assert (resolved.num_workers, resolved.num_gpus) == expected
+
+
+def test_an_actor_for_each_client(ray_backends):
+    backend = ray_backend(experiment().task, clients_per_worker=1, num_cpus=0.1)
+    pids = backend.map_reduce(
+        lambda learner, _, client: ClientResult(os.getpid(), 1), None, cohort_of(*range(5)), collect()
+    )
+    backend.close()
+    assert len(set(pids[0])) == 5
+
+
+def test_workers_that_do_not_fit_say_so_at_once():
+    with pytest.raises(ConfigError, match=r"99 workers with 1 CPUs and 0 GPUs each do not fit .* \(at most 16\)"):
+        ray_backend(experiment().task, num_workers=99)
+
+
+def test_workers_that_find_no_room_say_what_is_free():
+    holder = ray_backend(experiment().task, num_workers=1, num_cpus=4.0, num_gpus=4)
+    with pytest.raises(
+        FedrayError, match=r"did not start within 1 s; the cluster has 16 CPU, 4 GPU, of which free: .*0 GPU"
+    ):
+        ray_backend(experiment().task, num_workers=1, num_gpus=4, start_timeout=1.0)
+    holder.close()
