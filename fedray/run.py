@@ -1,5 +1,6 @@
 """A run from its configuration to its report: ``fedray run`` and ``fedray resume`` for Python and the shell."""
 
+import itertools
 import json
 import os
 import platform
@@ -76,7 +77,7 @@ def run(
     values = config.read(source if isinstance(source, Mapping) else find(str(source)), overrides)
     made = plan(values)
     name = "run" if isinstance(source, Mapping) else _name(find(str(source)))
-    folder = Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(out) if out is not None else _unused(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         empty = not any(folder.iterdir())
@@ -208,6 +209,12 @@ def _signals(folder: Path) -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or with a number behind if another run of the same second has it."""
+    candidates = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], candidates) if not path.exists())
 
 
 def _check_same_data(task: Task, path: Path) -> None:

@@ -94,7 +94,7 @@ def weighted(
 def round_robin(population: Population, cohort: int, _rng: np.random.Generator, round: int, /) -> Selection:
     """Clients in turn: the next ``cohort`` of them each round, from the first again after the last."""
     _check(population, cohort, cohort)
-    start = round * cohort
+    start = (round - 1) * cohort
     return Selection(tuple((start + i) % population.num_clients for i in range(cohort)))
 
 
@@ -124,7 +124,7 @@ def availability(
         if trace.min() < 0 or trace.max() > 1:
             wrong = trace.min() if trace.min() < 0 else trace.max()
             raise DataError(f"{path} holds {wrong:g}; a trace has 0 (away), 1 (there) or a chance between them")
-        chance = trace[round % len(trace)]
+        chance = trace[(round - 1) % len(trace)]
     else:
         assert probability is not None
         if not 0 < probability <= 1:

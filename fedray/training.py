@@ -81,7 +81,9 @@ def train(
         sampled = len(finished.selection.clients) + len(finished.selection.dropped)
         last = done == experiment.rounds
         tested: dict[str, float] = {}
-        if last or (experiment.evaluate_every and done % experiment.evaluate_every == 0):
+        if "test_loss" in finished.metrics:  # of models that only the algorithm has
+            (folder / "evaluation.json").unlink(missing_ok=True)
+        elif last or (experiment.evaluate_every and done % experiment.evaluate_every == 0):
             start = time.perf_counter()
             tested = test(done)
             phases["evaluate"] = time.perf_counter() - start

@@ -313,35 +313,32 @@ def test_impossible_options_are_named(name: str, options: dict[str, Any], messag
 
 def test_moon_contrasts_with_the_global_and_the_previous_model():
     """Li et al., 2021, equation 3, with the fixed models run beside the trained one in every step."""
-    task, mu, temperature = blobs(), 2.0, 0.5
-    local = LocalTraining(local_lr=0.1, batch_size=3, shuffle=False, local_epochs=2)
-    algorithm = make("moon", local=local, mu=mu, temperature=temperature)
+    task, mu, temperature, who = blobs(), 2.0, 0.5, (4, 6)
+    algorithm = make(
+        "moon", local=LocalTraining(local_lr=0.1, batch_size=3, shuffle=False), mu=mu, temperature=temperature
+    )
     population, backend = Population(task.sizes), SerialBackend(task)
-    state, previous = initial(task, algorithm), task.model()
+    state, previous = initial(task, algorithm), dict.fromkeys(who, task.model())
     for number in (1, 2, 3):
-        fixed, model = task.model(), task.model()
-        for copy in (fixed, model):
-            copy.load_state_dict(state.params)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        examples = task.examples(4)
-        for _ in range(2):
-            for start in (0, 3, 6):
-                x, y = examples["x"][start : start + 3], examples["y"][start : start + 3]
-                z, z_global, z_previous = (m.features(x) for m in (model, fixed, previous))  # type: ignore[operator]
-                closeness = torch.stack(
-                    [torch.cosine_similarity(z, other.detach()) for other in (z_global, z_previous)]
-                )
+        fixed, trained = task.model(), {i: task.model() for i in who}
+        for model in (fixed, *trained.values()):
+            model.load_state_dict(state.params)
+        for i, model in trained.items():
+            optimizer, examples = torch.optim.SGD(model.parameters(), lr=0.1), task.examples(i)
+            for x, y in zip(examples["x"].split(3), examples["y"].split(3), strict=True):
+                z, *others = (m.features(x) for m in (model, fixed, previous[i]))  # type: ignore[operator]
+                closeness = torch.stack([torch.cosine_similarity(z, other.detach()) for other in others])
                 contrastive = -(closeness / temperature).log_softmax(0)[0].mean()
-                loss = nn.functional.cross_entropy(model(x), y) + mu * contrastive
                 optimizer.zero_grad()
-                loss.backward()
+                (nn.functional.cross_entropy(model(x), y) + mu * contrastive).backward()
                 optimizer.step()
-        state, _ = algorithm.apply(state, clients(Selection((4,)), population, 0, number), backend)
+        state, _ = algorithm.apply(state, clients(Selection(who), population, 0, number), backend)
         backend.client_states.commit()
-        torch.testing.assert_close(
-            state.params, {name: p.detach() for name, p in model.named_parameters()}, rtol=1e-4, atol=1e-6
-        )
-        previous = model
+        expected = {
+            name: (8 * trained[4].state_dict()[name] + 6 * trained[6].state_dict()[name]) / 14 for name in state.params
+        }
+        torch.testing.assert_close(state.params, expected, rtol=1e-4, atol=1e-6)
+        previous = trained
 
 
 # Baselines

@@ -1,6 +1,6 @@
 """Clients that fail, or do what they must not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from problems import (
 )
 
 from fedray.aggregators import AGGREGATORS, mean
-from fedray.algorithm import Client, ClientResult
+from fedray.algorithm import Client, ClientResult, FederatedAlgorithm
 from fedray.backends.serial import SerialBackend
 from fedray.errors import ClientError
 from fedray.learner import Learner
@@ -193,3 +193,23 @@ def test_state_is_met_again_within_a_round_and_forgotten_with_it():
     backend.map_reduce(count, None, cohort[:1], mean(), keeps_state=True)
     backend.client_states.discard()
     assert backend.map_reduce(count, None, cohort, mean(), keeps_state=True)[0]["seen"] == 1
+
+
+def test_a_round_that_fails_halfway_keeps_nothing_of_its_first_half():
+    def remember(learner: Learner, round: int, client: Client) -> ClientResult:
+        if round == 2 and client.state == {"round": 2}:  # in the second half of the second round
+            raise RuntimeError("the battery is empty")
+        return ClientResult({}, 1, state={"round": round})
+
+    def apply(state: Any, cohort: Sequence[Client], backend: SerialBackend) -> tuple[Any, dict[str, float]]:
+        for _ in range(2):
+            backend.map_reduce(remember, cohort[0].round, cohort, mean(), keeps_state=True)
+        return state, {}
+
+    task, backend = regression(), SerialBackend(regression(), 2)
+    loop = rounds(FederatedAlgorithm(lambda params: params, apply), None, backend, Population(task.sizes), len(SIZES))
+    next(loop)
+    with pytest.raises(ClientError, match="failed in round 2"):
+        next(loop)
+    assert backend.client_states.staged == {}
+    assert backend.client_states.committed == {i: (1, {"round": 1}) for i in range(len(SIZES))}

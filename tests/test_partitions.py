@@ -9,6 +9,7 @@ from fedray.data import PARTITIONS, Dataset, Partition
 from fedray.data.partitions import by_column, classes_per_client, dirichlet, iid, quantity_skew, shards
 from fedray.errors import DataError
 
+
 def dataset(labels, num_classes: int | None = None, **columns) -> Dataset:
     y = np.asarray(labels, np.int64)
     classes = tuple(f"class {k}" for k in range(num_classes or int(y.max()) + 1))

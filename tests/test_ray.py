@@ -2,13 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 

@@ -95,8 +95,8 @@ def test_weights_and_traces_come_from_files(tmp_path, ending):
     path = write(tmp_path / f"weights{ending}", [[0.0] * 8 + [1.0, 3.0]])
     assert set(weighted(TEN, 2, rng(), 0, path=path).clients) == {8, 9}
     path = write(tmp_path / f"trace{ending}", [[1, 0] * 5, [0, 1] * 5, [0] * 9 + [1]])
-    for t in range(7):
-        expected = [{0, 2, 4, 6, 8}, {1, 3, 5, 7, 9}, {9}][t % 3]
+    for t in range(1, 8):
+        expected = [{0, 2, 4, 6, 8}, {1, 3, 5, 7, 9}, {9}][(t - 1) % 3]
         assert set(availability(TEN, 5, rng(t), t, path=path).clients) == expected
         assert set(availability(TEN, 2, rng(t), t, path=path).clients) <= expected
 
@@ -170,7 +170,7 @@ def test_a_bad_file_names_itself(tmp_path):
 
 
 def test_round_robin_visits_everybody_in_turn():
-    rounds = [round_robin(TEN, 4, rng(), t).clients for t in range(5)]
+    rounds = [round_robin(TEN, 4, rng(), t).clients for t in range(1, 6)]
     assert rounds[0] == (0, 1, 2, 3)
     assert rounds[2] == (8, 9, 0, 1)
     assert sorted(c for r in rounds for c in r) == sorted([*range(10)] * 2)

@@ -46,7 +46,7 @@ def disagreements(records: list[Record]) -> list[str]:
         tolerance = TOLERANCE.get(work.model, 1e-6)
         for other in others:
             for round, loss in other["losses"].items():
-                expected = first["losses"][round]
+                expected = first["losses"].get(round, float("nan"))
                 if not abs(loss - expected) <= tolerance * abs(expected):
                     problems.append(
                         f"{work}: after round {round} the loss of {other['contender']} (repeat {other['repeat']}) is "

@@ -23,6 +23,7 @@ from fedray.learner import Learner, Task
 
 logger = logging.getLogger(__name__)
 
+TaskRef = list[ray.ObjectRef]  # in a list, Ray hands over the reference instead of the task
 Start = Callable[[Any, list[Any]], list[ray.ObjectRef]]
 
 ATTEMPTS = 3  # how often one client may take its worker down before it is the client's fault
@@ -68,26 +69,33 @@ class Crash(str):
 class _Worker:
     """An actor: one learner, and no other state, so that it can die and be replaced at any time."""
 
-    def __init__(self, task: "list[ray.ObjectRef]", device: str, threads: int) -> None:
+    def __init__(self, device: str, threads: int) -> None:
         travel_as_arrays()
         torch.set_num_threads(threads)
-        self._learner = Learner(ray.get(task[0]), device)
+        self._device = device
+        self._learner: Learner | None = None
 
-    def ready(self) -> dict[str, Any]:
-        node = ray.get_runtime_context().get_node_id()
-        return {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), "device": str(self._learner.device)}
+    def ready(self, task: TaskRef) -> dict[str, Any]:
+        node, device = ray.get_runtime_context().get_node_id(), str(self._learn(task).device)
+        return {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), "device": device}
 
-    def fold(self, job: Job, share: list[Unit], *states: Any) -> Any:
+    def fold(self, task: TaskRef, job: Job, share: list[Unit], *states: Any) -> Any:
         if states:
             held = iter(states)
             share = [[replace(client, state=next(held)) for client in unit] for unit in share]
-        partial, kept = fold(self._learner, job, share)
+        partial, kept = fold(self._learn(task), job, share)
         if not job.keeps_state:
             return partial
         return partial, *kept, *[None] * (len(states) - len(kept))
 
-    def map(self, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
-        return map_items(self._learner, fn, items)
+    def map(self, task: TaskRef, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
+        return map_items(self._learn(task), fn, items)
+
+    def _learn(self, task: TaskRef) -> Learner:
+        # not the constructor's work: Ray would have to keep a constructor's arguments for a restart
+        if self._learner is None:
+            self._learner = Learner(ray.get(task[0]), self._device)
+        return self._learner
 
 
 class RayBackend:
@@ -119,9 +127,7 @@ class RayBackend:
             max_restarts=-1,
         )
         assert isinstance(resources.num_workers, int)
-        self._workers = [
-            actor.remote([self._task], resources.device, resources.threads) for _ in range(resources.num_workers)
-        ]
+        self._workers = [actor.remote(resources.device, resources.threads) for _ in range(resources.num_workers)]
         self._group = group
         self._drop = resources.on_client_error == "drop"
         self.client_states = ClientStates()
@@ -132,7 +138,7 @@ class RayBackend:
         asked = self.resources
         try:
             return ray.get(
-                [worker.ready.options(max_task_retries=-1).remote() for worker in self._workers],
+                [worker.ready.options(max_task_retries=-1).remote([self._task]) for worker in self._workers],
                 timeout=asked.start_timeout,
             )
         except GetTimeoutError:
@@ -158,10 +164,10 @@ class RayBackend:
 
         def start(worker: Any, share: list[Unit]) -> list[ray.ObjectRef]:
             if not keeps_state:
-                return [worker.fold.remote(job_ref, share)]
+                return [worker.fold.remote([self._task], job_ref, share)]
             # states are values of their own among the results, so that they outlive the worker and can go to another
             states = [self.client_states.of(client) for client in _members(share)]
-            return worker.fold.options(num_returns=1 + len(states)).remote(job_ref, share, *states)
+            return worker.fold.options(num_returns=1 + len(states)).remote([self._task], job_ref, share, *states)
 
         cut = units(cohort, self._group if grouped else 1, self.client_states.has)
         done = list(self._run(start, [share for share in balance(cut, len(self._workers)) if share]))
@@ -176,7 +182,7 @@ class RayBackend:
         """``[fn(learner, item) for item in items]``, each item wherever a worker is free."""
 
         def start(worker: Any, share: list[int]) -> list[ray.ObjectRef]:
-            return [worker.map.remote(fn, [items[i] for i in share])]
+            return [worker.map.remote([self._task], fn, [items[i] for i in share])]
 
         results: dict[int, Any] = {}
         for [i], value, _ in self._run(start, [[i] for i in range(len(items))]):
@@ -220,7 +226,7 @@ class RayBackend:
                 if not share:  # it was restarting, and died again
                     raise FedrayError(f"a worker cannot be restarted: {error}") from None
                 # with retries this call waits until Ray has restarted the worker
-                running[worker.ready.options(max_task_retries=-1).remote()] = worker, [], 0, []
+                running[worker.ready.options(max_task_retries=-1).remote([self._task])] = worker, [], 0, []
                 parts = _parts(share, attempt)
                 queue.extend((part, attempt + 1) for part in parts)
                 if parts:
