@@ -189,7 +189,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
             raise ConfigError(f"{where} is {_shown(value)}; it must be a list, such as [{value}]")
         return [convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if annotation is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < sys.float_info.max else math.inf
     wrong = annotation in _TYPES and type(value) is not annotation
     if wrong or (annotation is float and not math.isfinite(value)):
         raise ConfigError(f"{where} is {_shown(value)}; it must be {_TYPES[annotation]}")

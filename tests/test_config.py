@@ -299,3 +299,9 @@ def test_defaults_are_shown_as_they_are_written():
         "built in",
         "relu",
     ]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan")])
+def test_a_number_must_be_finite(value):
+    with pytest.raises(ConfigError, match=r"^x is -?(inf|nan|1\d*); it must be a finite number"):
+        config.convert(value, float, "x")

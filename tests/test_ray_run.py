@@ -109,7 +109,6 @@ import json
 from fedray.backends.ray.environment import prepare
 
 prepare("local")
-import ray
 from ray.cluster_utils import Cluster
 
 from fedray.backends.ray.backend import RayBackend, Resources
@@ -120,8 +119,15 @@ from fedray.experiment import plan
 from fedray.learner import Learner
 
 task = plan({
-    "rounds": 1, "cohort": 4, "algorithm": "fedavg",
-    "task": {"name": "classification", "data": "digits", "partition": {"name": "iid", "num_clients": 8}, "model": "softmax"},
+    "rounds": 1,
+    "cohort": 4,
+    "algorithm": "fedavg",
+    "task": {
+        "name": "classification",
+        "data": "digits",
+        "partition": {"name": "iid", "num_clients": 8},
+        "model": "softmax",
+    },
 }).experiment.task
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27})
 for _ in range(2):
