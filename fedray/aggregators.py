@@ -5,11 +5,12 @@ round. The law that makes the split invisible: folding any partition of a cohort
 parts equals folding the cohort, to the bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedray import exact
@@ -20,19 +21,22 @@ from fedray.trees import flatten, scale, squared_norm, tree_map
 
 @dataclass(frozen=True)
 class Aggregator:
-    """Four functions; the accumulator is whatever they agree on, and belongs to the fold (it may be written to).
+    """A fold; the accumulator is whatever its functions agree on, and belongs to the fold (it may be written to).
 
     Attributes:
         zero: The empty accumulator.
         accumulate: ``(accumulator, client, result)`` to the next accumulator.
         merge: Two accumulators to one.
         report: The accumulator of the whole cohort to the aggregate.
+        accumulate_group: ``accumulate`` for a group's clients and their stacked result at once, with the same bits;
+            it writes nothing if it raises. None for one by one.
     """
 
     zero: Callable[[], Any]
     accumulate: Callable[[Any, Client, ClientResult], Any]
     merge: Callable[[Any, Any], Any]
     report: Callable[[Any], Any]
+    accumulate_group: Callable[[Any, Sequence[Client], ClientResult], Any] | None = None
 
 
 def total() -> Aggregator:
@@ -55,10 +59,14 @@ def _exact_sum(report: Callable[[Any], Any]) -> Aggregator:
     def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
         return exact.add_term(acc[0], result.update, result.weight), acc[1] + Fraction(result.weight)
 
+    def accumulate_group(acc: Any, clients: Sequence[Client], result: ClientResult) -> Any:
+        weights = np.broadcast_to(result.weight, len(clients)).tolist()
+        return exact.add_stack(acc[0], result.update, weights), acc[1] + sum(map(Fraction, weights))
+
     def merge(left: Any, right: Any) -> Any:
         return exact.merge(left[0], right[0]), left[1] + right[1]
 
-    return Aggregator(lambda: (None, Fraction(0)), accumulate, merge, report)
+    return Aggregator(lambda: (None, Fraction(0)), accumulate, merge, report, accumulate_group)
 
 
 def collect(report: Callable[[list[Any]], Any] = list) -> Aggregator:

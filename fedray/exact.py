@@ -13,6 +13,7 @@ Tensors of whole numbers are summed exactly, up to 2^62.
 Plain numbers are summed as exact fractions; one that is not finite makes the sum NaN.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import isfinite
@@ -64,6 +65,21 @@ def add_term(total: Tree | None, term: Tree, weight: float) -> Tree:
     return tree_map(lambda t, x, bound: _add(t, x, weight, bound), total, term, bounds)
 
 
+def add_stack(total: Tree | None, terms: Tree, weights: Sequence[float]) -> Tree:
+    """``add_term`` for every row of stacked terms (a vector stands for every number), in one pass, with the same bits.
+
+    Raises:
+        OverflowError: as ``add_term``; ``total`` is as it was.
+        ValueError: as ``add_term``, or a weight is not whole; ``total`` is as it was.
+    """
+    if not all(float(weight).is_integer() for weight in weights):
+        raise ValueError(f"the weights are {list(weights)}; a stack needs whole ones")
+    if total is None:
+        total = tree_map(lambda x: _zero(_row(x, 0)), terms)
+    bounds = tree_map(lambda t, x: _stack_bound(t, x, weights), total, terms)
+    return tree_map(lambda t, x, bound: _add_stack(t, x, weights, bound), total, terms, bounds)
+
+
 def merge(left: Tree | None, right: Tree | None) -> Tree | None:
     """The sum of two sums."""
     if left is None or right is None:
@@ -94,6 +110,18 @@ def _bound(total: Sum | Number, term: torch.Tensor | float, weight: float) -> fl
     _same_kind(total, term)
     if not isinstance(total, Sum) or not isinstance(term, torch.Tensor):
         return 0.0
+    return _next_bound(total, term, weight)
+
+
+def _stack_bound(total: Sum | Number, terms: Any, weights: Sequence[float]) -> float:
+    _same_kind(total, _row(terms, 0))
+    if not isinstance(total, Sum):
+        return 0.0
+    return _next_bound(total, terms, sum(abs(weight) for weight in weights))
+
+
+def _next_bound(total: Sum, term: torch.Tensor, weight: float) -> float:
+    """The sum's bound after ``term``, times ``weight``; an error if it leaves the range."""
     whole = float(weight).is_integer()
     if not whole and total.fraction_bits == 0:
         raise ValueError(f"a tensor of {term.dtype} was sent with weight {weight}; whole numbers need whole weights")
@@ -133,6 +161,28 @@ def _add(total: Sum | Number, term: torch.Tensor | float, weight: float, bound: 
         bits = fixed.add_(_MAGIC).view(torch.int64).sub_(_MAGIC_BITS)
         flat_total[start : start + chunk].add_(bits, alpha=int(weight) if whole else 1)
     return replace(total, bound=bound)
+
+
+def _add_stack(total: Sum | Number, terms: Any, weights: Sequence[float], bound: float) -> Sum | Number:
+    if not isinstance(total, Sum):
+        for row, weight in enumerate(weights):
+            total = _add(total, _row(terms, row), weight, bound)
+        return total
+    factors = torch.tensor([int(weight) for weight in weights], device=terms.device).view(-1, 1)
+    flat_total, rows = total.total.view(-1), terms.detach().flatten(1) if terms.dim() > 1 else terms.detach()[:, None]
+    chunk = max(1, _CHUNK // len(rows)) if terms.device.type == "cpu" else max(1, rows.shape[1])
+    for start in range(0, rows.shape[1], chunk):
+        piece = rows[:, start : start + chunk]
+        if total.fraction_bits:
+            fixed = piece.to(torch.float64, copy=True).add_(_MAGIC).view(torch.int64).sub_(_MAGIC_BITS)
+        else:
+            fixed = piece.to(torch.int64, copy=True)
+        flat_total[start : start + chunk].add_(fixed.mul_(factors).sum(0))
+    return replace(total, bound=bound)
+
+
+def _row(terms: Any, row: int) -> Any:
+    return terms[row] if isinstance(terms, torch.Tensor) else float(terms[row])
 
 
 def _add_numbers(left: object, right: object) -> Number:

@@ -93,14 +93,16 @@ def unstack(result: ClientResult, count: int) -> Iterator[ClientResult]:
     """A group's result as its members'."""
     for k in range(count):
         yield ClientResult(
-            _member(result.update, k),
+            member(result.update, k),
             float(np.broadcast_to(result.weight, count)[k]),
-            _member(result.metrics, k),
-            None if result.state is None else _member(result.state, k, keep=True),
+            member(result.metrics, k),
+            None if result.state is None else member(result.state, k, keep=True),
         )
 
 
-def _member(tree: Tree, k: int, keep: bool = False) -> Tree:
+def member(tree: Tree, k: int, keep: bool = False) -> Tree:
+    """One client's part of a group's tree: a view, or a copy to keep."""
+
     def leaf(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
             return x[k].clone() if keep else x[k]  # a view would keep the whole group's tensor alive

@@ -14,6 +14,7 @@ import torch
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Metrics
 from fedray.client_states import ClientStates
+from fedray.groups import member
 
 
 def payload_bytes(tree: Any) -> int:
@@ -123,10 +124,17 @@ def _weighing(aggregator: Aggregator) -> Aggregator:
     def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
         return aggregator.accumulate(acc[0], client, result), acc[1] + payload_bytes(result.update)
 
+    def accumulate_group(acc: Any, clients: Sequence[Client], result: ClientResult) -> Any:
+        assert aggregator.accumulate_group is not None
+        return aggregator.accumulate_group(acc[0], clients, result), acc[1] + len(clients) * payload_bytes(
+            member(result.update, 0)
+        )
+
     return replace(
         aggregator,
         zero=lambda: (aggregator.zero(), 0),
         accumulate=accumulate,
         merge=lambda a, b: (aggregator.merge(a[0], b[0]), a[1] + b[1]),
         report=lambda acc: (aggregator.report(acc[0]), acc[1]),
+        accumulate_group=accumulate_group if aggregator.accumulate_group else None,
     )

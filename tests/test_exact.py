@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -284,3 +285,38 @@ def test_a_tensor_where_a_number_belongs_is_refused():
         "where a number",
     )
     refuse(None, {"a": torch.ones(3), "z": "text"}, 1, ValueError, "a client sent a str where a number belongs")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+@pytest.mark.parametrize("weights", [[3.0, 3.0, 3.0], [1.0, 0.0, 250.0]])
+def test_a_stack_of_terms_adds_what_its_rows_add(dtype, weights):
+    draw = torch.Generator().manual_seed(0)
+    stacked = {
+        "wide": (torch.randn(3, 70_001, generator=draw) * 3).to(dtype),
+        "deep": {"scalar": torch.randn(3, generator=draw).to(dtype), "empty": torch.zeros(3, 0).to(dtype)},
+        "number": np.array([0.1, 0.2, float("1e-30")]),
+    }
+    rows = [
+        {
+            "wide": stacked["wide"][k],
+            "deep": {name: leaf[k] for name, leaf in stacked["deep"].items()},
+            "number": float(stacked["number"][k]),
+        }
+        for k in range(3)
+    ]
+    one_by_one = total_of([(row, weight) for row, weight in zip(rows, weights, strict=True)])
+    assert_same_bits(exact.value(exact.add_stack(None, stacked, weights)), exact.value(one_by_one))
+    again = exact.add_stack(exact.add_term(None, rows[0], 2.0), stacked, weights)
+    assert_same_bits(exact.value(again), exact.value(exact.merge(total_of([(rows[0], 2.0)]), one_by_one)))
+
+
+def test_a_bad_row_leaves_the_sum_of_a_stack_as_it_was():
+    total = exact.add_term(None, {"a": torch.ones(2), "z": torch.ones(2)}, 1)
+    stacked = {"a": torch.ones(2, 2), "z": torch.tensor([[1.0, 1.0], [1.0, float("nan")]])}
+    with pytest.raises(OverflowError, match="reaches nan"):
+        exact.add_stack(total, stacked, [1, 1])
+    with pytest.raises(ValueError, match="needs whole ones"):
+        exact.add_stack(total, stacked, [1, 0.5])
+    with pytest.raises(ValueError, match="belongs"):
+        exact.add_stack(total, {"a": torch.ones(2, 2), "z": torch.ones(2, 3)}, [1, 1])
+    assert_same_bits(exact.value(total), {"a": torch.ones(2), "z": torch.ones(2)})

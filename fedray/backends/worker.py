@@ -40,11 +40,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Partial:
-    """What a share of the cohort comes to: two accumulators, and who failed."""
+    """What a share of the cohort comes to: two accumulators, who failed, and the slots of those who keep a state."""
 
     update: Any
     metrics: Any
     failures: tuple[Failure, ...] = ()
+    keepers: frozenset[int] = frozenset()
 
 
 def fold(learner: Learner, job: Job, share: Sequence[Unit]) -> tuple[Partial, list[Tree | None]]:
@@ -61,7 +62,14 @@ def fold(learner: Learner, job: Job, share: Sequence[Unit]) -> tuple[Partial, li
     with torch.random.fork_rng():
         for unit in share:
             clients = [replace(client, state=_to(client.state, learner.device)) for client in unit]
-            together = _update_group(learner, job, clients) if len(clients) > 1 else None
+            group = _update_group(learner, job, clients) if len(clients) > 1 else None
+            together = list(unstack(group, len(clients))) if group else None
+            if group and together and _versions(job.broadcast) == versions:
+                added = _add_group(job, (partial, totals), clients, group, together)
+                if added is not None:
+                    partial, totals = added
+                    states += [result.state for result in together]
+                    continue
             for k, client in enumerate(clients):
                 state = None
                 try:
@@ -77,7 +85,9 @@ def fold(learner: Learner, job: Job, share: Sequence[Unit]) -> tuple[Partial, li
                 if failures and (failures[-1].fatal or not job.drop_failures):
                     return Partial(partial, totals, tuple(failures)), states
                 states.append(state)
-    return Partial(partial, totals, tuple(failures)), states
+    members = [client for unit in share for client in unit]
+    keepers = frozenset(client.slot for client, state in zip(members, states, strict=True) if state is not None)
+    return Partial(partial, totals, tuple(failures), keepers), states
 
 
 def _update_client(learner: Learner, job: Job, client: Client) -> ClientResult:
@@ -88,17 +98,32 @@ def _update_client(learner: Learner, job: Job, client: Client) -> ClientResult:
     return result
 
 
-def _update_group(learner: Learner, job: Job, clients: list[Client]) -> list[ClientResult] | None:
-    """The results of clients that train in one call; None if it fails: then one by one shows whose fault it is."""
+def _update_group(learner: Learner, job: Job, clients: list[Client]) -> ClientResult | None:
+    """The stacked result of clients that train in one call; None if it fails: one by one shows whose fault it is."""
     states = [client.state for client in clients if client.state is not None]
     group = Group(tuple(clients), stack(states) if states else None)
     try:
-        results = list(unstack(job.client_update(learner, job.broadcast, cast(Client, group)), len(clients)))
-        for client, result in zip(clients, results, strict=True):
-            _check(job, client, result, _versions(client.state))
+        result = job.client_update(learner, job.broadcast, cast(Client, group))
+        _check(job, clients[0], result, _versions(clients[0].state))
     except Exception:
         return None
-    return results
+    return result
+
+
+def _add_group(
+    job: Job, sums: tuple[Any, Any], clients: list[Client], group: ClientResult, results: list[ClientResult]
+) -> tuple[Any, Any] | None:
+    """The sums with a whole group; None if the aggregator cannot, or one of its clients is at fault."""
+    if job.aggregator.accumulate_group is None:
+        return None
+    partial, totals = sums
+    try:
+        for client, result in zip(clients, results, strict=True):
+            reported = {name: float(value) for name, value in result.metrics.items()}
+            totals = mean().accumulate(totals, client, ClientResult(reported, result.weight))
+        return job.aggregator.accumulate_group(partial, clients, group), totals
+    except Exception:
+        return None
 
 
 def reduce(partials: Sequence[Partial], job: Job, num_clients: int) -> tuple[Any, Metrics]:

@@ -173,9 +173,9 @@ class RayBackend:
         done = list(self._run(start, [share for share in balance(cut, len(self._workers)) if share]))
         partials = [_lost(share, value) if isinstance(value, Crash) else value for share, value, _ in done]
         result = reduce(partials, job, len(cohort))
-        failed = {failure.client for partial in partials for failure in partial.failures}
+        keepers = frozenset[int]().union(*(partial.keepers for partial in partials))
         kept = [pair for share, _, refs in done for pair in zip(_members(share), refs, strict=False)]
-        self.client_states.stage((client, ref) for client, ref in kept if client.id not in failed)
+        self.client_states.stage((client, ref) for client, ref in kept if client.slot in keepers)
         return result
 
     def map(self, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
