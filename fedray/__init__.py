@@ -1,8 +1,6 @@
 """fedray: federated learning with foundation and generative models, simulated on Ray clusters."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,8 +9,7 @@ if TYPE_CHECKING:
     from fedray.backends.serial import SerialBackend
     from fedray.learner import Learner, Task
     from fedray.local_training import LocalTraining
-    from fedray.rounds import rounds
-    from fedray.run import Run, resume, run
+    from fedray.runs import Run, resume, run
     from fedray.samplers import Population
     from fedray.tasks.classification import classification
 
@@ -25,27 +22,15 @@ _HOME = {
     "Learner": "fedray.learner",
     "LocalTraining": "fedray.local_training",
     "Population": "fedray.samplers",
-    "Run": "fedray.run",
+    "Run": "fedray.runs",
     "SerialBackend": "fedray.backends.serial",
     "Task": "fedray.learner",
     "classification": "fedray.tasks",
-    "resume": "fedray.run",
-    "rounds": "fedray.rounds",
-    "run": "fedray.run",
+    "resume": "fedray.runs",
+    "run": "fedray.runs",
 }
 
 __all__ = list(_HOME)
-
-
-class _Package(ModuleType):
-    """Importing the modules ``fedray.run`` and ``fedray.rounds`` does not put them in the functions' place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

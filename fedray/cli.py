@@ -81,7 +81,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fedray.run import run
+    from fedray.runs import run
 
     source, overrides = options.config, options.overrides
     if "=" in source:  # `fedray run rounds=5` means the quickstart
@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from fedray.run import resume
+    from fedray.runs import resume
 
     _finish(resume(options.run, options.overrides).folder)
 
@@ -131,7 +131,7 @@ def _list(options: argparse.Namespace) -> None:
 def _lines(kind: str) -> Mapping[str, Any]:
     from fedray.catalogue import components
     from fedray.options import summary
-    from fedray.run import shipped
+    from fedray.runs import shipped
 
     return shipped() if kind == "experiments" else {name: summary(made) for name, made in components(kind).items()}
 

@@ -1,6 +1,5 @@
 """A small run that takes a fraction of a second, and what to compare of two of them."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +7,9 @@ from typing import Any
 
 import pytest
 
+from fedray import runs
 from fedray.report import read_metrics
-from fedray.run import run
-
-MODULE = sys.modules["fedray.run"]  # `fedray.run` is the function
+from fedray.runs import run
 
 CONFIG: dict[str, Any] = {
     "seed": 3,
@@ -33,7 +31,7 @@ CONFIG: dict[str, Any] = {
 def without_page() -> Iterator[pytest.MonkeyPatch]:
     """The report has its own tests, and takes longer than a run here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "write_report", lambda _, out: out.write_text("a page"))
+        patch.setattr(runs, "write_report", lambda _, out: out.write_text("a page"))
         yield patch
 
 

@@ -67,7 +67,7 @@ def test_only_the_ray_backend_imports_ray(path):
 
 @everywhere
 def test_backends_are_for_those_who_start_runs(path):
-    starters = ("fedray.backends", "fedray.experiment", "fedray.run", "fedray.cli")
+    starters = ("fedray.backends", "fedray.experiment", "fedray.runs", "fedray.cli")
     if not within(dotted(path), *starters):
         assert not [name for name in imported(parsed(path)) if within(name, "fedray.backends")]
 
@@ -103,7 +103,7 @@ def test_what_is_below_does_not_import_what_is_above(package):
 def test_the_top_is_imported_by_nobody_below():
     users = {name: set(imported(parsed(path))) for name, path in MODULES.items()}
     assert [name for name, used in users.items() if "fedray.cli" in used] == ["fedray.__main__"]
-    assert [name for name, used in users.items() if "fedray.run" in used] == ["fedray.cli"]
+    assert [name for name, used in users.items() if "fedray.runs" in used] == ["fedray.cli"]
 
 
 def test_there_is_no_circle():

@@ -10,10 +10,9 @@ import pytest
 
 import fedray
 from fedray import cli
+from fedray import runs as runs_module
 from fedray.catalogue import KINDS, components
 from fedray.errors import ClientError, FedrayError
-
-MODULE = sys.modules.get("fedray.run") or __import__("fedray.run", fromlist=["run"])
 
 CONFIG = """\
 rounds: 2
@@ -37,8 +36,8 @@ def started(monkeypatch) -> list[SimpleNamespace]:
         calls.append(SimpleNamespace(arguments=arguments))
         raise KeyboardInterrupt("started")
 
-    monkeypatch.setattr(MODULE, "run", start)
-    monkeypatch.setattr(MODULE, "resume", start)
+    monkeypatch.setattr(runs_module, "run", start)
+    monkeypatch.setattr(runs_module, "resume", start)
     return calls
 
 
@@ -49,7 +48,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     (folder / "mine.yaml").write_text(CONFIG)
     for name, seed in (("a", 0), ("b", 1)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MODULE, "write_report", lambda _, out: out.write_text("a page"))
+            patch.setattr(runs_module, "write_report", lambda _, out: out.write_text("a page"))
             assert cli.main(["run", str(folder / "mine.yaml"), "--out", str(folder / name), f"seed={seed}"]) == 0
     return folder / "a", folder / "b"
 
@@ -184,7 +183,7 @@ def test_what_goes_wrong_later_has_its_own_exit_code(monkeypatch, capsys, error,
         error.add_note("the run is in runs/a")
         raise error
 
-    monkeypatch.setattr(MODULE, "run", fail)
+    monkeypatch.setattr(runs_module, "run", fail)
     assert cli.main(["run"]) == code
     assert capsys.readouterr().err == printed
 
@@ -193,7 +192,7 @@ def test_a_message_of_several_lines_becomes_one(monkeypatch, capsys):
     def fail(*_):
         raise fedray.errors.ConfigError("one\n  two")
 
-    monkeypatch.setattr(MODULE, "run", fail)
+    monkeypatch.setattr(runs_module, "run", fail)
     assert cli.main(["run"]) == 2
     assert one_line(capsys) == "one two"
 

@@ -19,7 +19,7 @@ from fedray.errors import ConfigError, DataError
 from fedray.experiment import plan
 from fedray.local_training import LocalTraining
 from fedray.options import documented, options_of, parameters, summary, type_name, written
-from fedray.run import shipped
+from fedray.runs import shipped
 
 YAML = """\
 seed: 0

@@ -31,7 +31,7 @@ import fedray
 from fedray import catalogue, cli, config
 from fedray.experiment import plan
 from fedray.options import options_of
-from fedray.run import find
+from fedray.runs import find
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,7 +92,7 @@ def test_what_looks_like_code_runs(page, tmp_path, monkeypatch, capsys, request)
         request.getfixturevalue("ray_local")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for module in ("fedray.run", "fedray.report"):  # most of a small run's time; test_report.py tests it
+    for module in ("fedray.runs", "fedray.report"):  # most of a small run's time; test_report.py tests it
         monkeypatch.setattr(sys.modules[module], "write_report", touch)
     before = set(sys.modules)
     namespace = {"__name__": "__main__"}

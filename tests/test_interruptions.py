@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serial_runs import CONFIG, MODULE, measured, model, undisturbed, without_page
+from serial_runs import CONFIG, measured, model, undisturbed, without_page
 
 import fedray
-from fedray import checkpoint, cli
+from fedray import checkpoint, cli, runs
 from fedray.errors import ConfigError, DataError
-from fedray.run import Interrupted, resume, run
+from fedray.runs import Interrupted, resume, run
 
 DEADLINE = 120  # seconds for a process to get somewhere
 
@@ -44,7 +44,7 @@ def at_round(number: int, do: Any) -> Iterator[None]:
         yield lambda record: do() if record["round"] == number else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "progress", progress)
+        patch.setattr(runs, "progress", progress)
         yield
 
 
