@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from itertools import product
@@ -29,11 +30,13 @@ from table import disagreements, table
 from work import Work, prepare
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE / ".data"  # normalised images, which the processes share
 CONTENDERS = {  # the environment ("" is this one), and what to run in it with ``python -m``
     "floor1": ("", "contenders.floor 1"),
     "floor2": ("", "contenders.floor 2"),
     "floor1-compiled": ("", "contenders.floor 1 compile"),
     "floor2-compiled": ("", "contenders.floor 2 compile"),
+    "floor2-channels-last": ("", "contenders.floor 2 channels_last"),
     "fedray": ("", "contenders.fedray"),
     "fedray-serial": ("", "contenders.fedray backend.name=serial"),
     "pfl1": ("pfl", "contenders.pfl"),
@@ -41,7 +44,9 @@ CONTENDERS = {  # the environment ("" is this one), and what to run in it with `
     "flower": ("flower", "contenders.flower"),
 }
 PACKAGES = {"pfl": "pfl[pytorch]==0.6.0", "flower": "flwr[simulation]==1.41.0"}
-MAIN = ["floor1", "floor2", "fedray", "pfl1", "pfl2", "flower"]
+DEFAULT = ["floor1", "floor2", "fedray", "pfl1", "pfl2", "flower"]
+
+Record = dict[str, Any]
 
 
 def main() -> None:
@@ -59,7 +64,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fmnist = os.environ.get("FEDRAY_FMNIST", "/usr/share/datasets/fashion-mnist")
     parser.add_argument("--work", nargs="+", default=["mlp", "cnn", "softmax"], choices=["mlp", "cnn", "softmax"])
-    parser.add_argument("--contenders", nargs="+", default=MAIN, choices=CONTENDERS, help=f"default: {' '.join(MAIN)}")
+    parser.add_argument(
+        "--contenders", nargs="+", default=DEFAULT, choices=CONTENDERS, help=f"default: {' '.join(DEFAULT)}"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=3, help="processes that are timed; one more is for the memory")
     parser.add_argument("--population", type=int, nargs="+", default=[1000], help="clients")
@@ -70,11 +77,15 @@ def parsed() -> argparse.Namespace:
     preset.add_argument("--overhead", action="store_true", help="models of 1 and 100 MB, clients that do nothing")
     preset.add_argument("--install", action="store_true", help="make the environments of pfl and Flower")
     preset.add_argument("--table", action="store_true", help="print the table of what is in --out")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the raw samples")
-    parser.add_argument("--data", type=Path, default=fmnist, help=f"Fashion-MNIST's four idx files (default: {fmnist})")
-    parser.add_argument("--environments", type=Path, default=HERE / ".environments")
+    parser.add_argument("--out", type=absolute, default=HERE / "results", help="folder of the raw samples")
+    parser.add_argument("--data", type=absolute, default=fmnist, help="folder of Fashion-MNIST's four idx files")
+    parser.add_argument("--environments", type=absolute, default=HERE / ".environments", help="folder of --install")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that a process may take")
     return parser.parse_args()
+
+
+def absolute(path: str) -> Path:
+    return Path(path).absolute()
 
 
 def works(options: argparse.Namespace) -> Iterator[Work]:
@@ -94,71 +105,58 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
 
 def run(options: argparse.Namespace) -> list[str]:
     """Run everything in turn, and write a file of raw samples for each process; returns what failed."""
-    data, failed = HERE / ".data", []
-    prepare(options.data, data)
+    prepare(options.data, DATA)
     options.out.mkdir(parents=True, exist_ok=True)
     contenders = [name for name in options.contenders if available(name, options.environments)]
+    failed = []
     for repeat, work, name in product(range(options.repeat + 1), works(options), contenders):
-        with tempfile.TemporaryDirectory() as folder:
-            environment = {
-                "WORK": json.dumps(asdict(work)),
-                "DATA": data,
-                "SOURCE": options.data,
-                "OUT": Path(folder, "out"),
-            }
-            command = [python(name, options.environments), "-m", *CONTENDERS[name][1].split()]
-            # reading the memory of Ray's processes takes a tenth of a second, so that round times of repeat 0 are void
-            busy = psutil.cpu_percent(interval=1) / 100
-            log, peak = watched(command, environment, options.limit, Path(folder, "log"), with_memory=repeat == 0)
-            try:
-                result = json.loads(Path(folder, "out").read_text())
-            except FileNotFoundError:
-                failed.append(f"{name} failed at {work}:\n{log[-2000:]}")
-                print(failed[-1], file=sys.stderr)
-                continue
-        record = {
-            "contender": name,
-            "repeat": repeat,
-            "work": asdict(work),
-            "busy_before": busy,
-            "peak_pss": peak,
-        } | result
-        record["machine"] = machine()
+        # reading the memory of Ray's processes takes a tenth of a second: the round times of repeat 0 are void
+        reads_memory = repeat == 0
+        busy = psutil.cpu_percent(interval=1)  # of others, before it starts
+        log, result = watched(name, work, options, reads_memory)
+        if not result:
+            failed.append(f"{name} failed at {work}:\n{log[-2000:]}")
+            print(failed[-1], file=sys.stderr)
+            continue
+        record = {"contender": name, "repeat": repeat, "work": asdict(work), "busy_percent_before": busy, **result}
         file = f"{work.model}-{work.size}-{work.cohort}-of-{work.population}-{name}-{repeat}.json"
-        (options.out / file).write_text(json.dumps(record, indent=1) + "\n")
-        said = f"{min(result['seconds']):.4f} s a round at best, first round done after {result['startup']:.1f} s"
-        print(f"{work}: {name}, repeat {repeat}: {said}, loss {result['losses']}", file=sys.stderr)
+        (options.out / file).write_text(json.dumps(record | {"machine": machine()}, indent=1) + "\n")
+        said = f"{min(result['seconds']):.4f} s a round at best, the first one done after {result['startup']:.1f} s"
+        print(f"{work}: {name}, repeat {repeat}: {said}", file=sys.stderr)
     return failed
 
 
-def watched(
-    command: list[str], environment: dict[str, Any], limit: float, log: Path, with_memory: bool
-) -> tuple[str, int | None]:
-    """Run a command to its end; returns what it printed, and the largest memory of its processes together, in bytes.
+def watched(name: str, work: Work, options: argparse.Namespace, reads_memory: bool) -> tuple[str, Record]:
+    """Run a contender to its end; returns what it printed, and what it measured (nothing if it failed)."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, out = Path(folder, "log"), Path(folder, "out")
+        began = time.time()
+        told = {"WORK": json.dumps(asdict(work)), "DATA": DATA, "SOURCE": options.data, "OUT": out, "BEGAN": began}
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "FLWR_HOME": str(Path(folder, "flower"))}
+        environment = {**os.environ, **settings, **{f"SPEED_{key}": str(value) for key, value in told.items()}}
+        command = [python(name, options.environments), "-m", *CONTENDERS[name][1].split()]
+        with log.open("w") as output:
+            process = psutil.Popen(command, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            peak = followed(process, began + options.limit, reads_memory)
+        return log.read_text(), json.loads(out.read_text()) | {"peak_pss": peak} if out.exists() else {}
 
-    Memory is the sum of proportional set sizes: a page that n processes share counts as 1/n of a page in each.
+
+def followed(process: psutil.Popen, deadline: float, reads_memory: bool) -> int | None:
+    """Wait for a process until the deadline, and read the largest memory of it and all its descendants, in bytes.
+
+    It is the sum of proportional set sizes: a page that n processes share counts as 1/n of a page in each.
     """
-    began = time.time()
-    variables = {f"SPEED_{name}": str(value) for name, value in environment.items()} | {"SPEED_BEGAN": repr(began)}
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "FLWR_HOME": str(log.parent / "flower")}
-    peak, family = 0, list[psutil.Process]()
-    with log.open("w") as output:
-        process = psutil.Popen(
-            command, cwd=HERE, env={**os.environ, **settings, **variables}, stdout=output, stderr=subprocess.STDOUT
-        )
-        while process.poll() is None:
-            try:
-                process.wait(0.2)
-            except psutil.TimeoutExpired:
-                if with_memory or time.time() - began > limit:
-                    family = [process, *process.children(recursive=True)]
-                if with_memory:
-                    peak = max(peak, sum(map(proportional, family)))
-                if time.time() - began > limit:
-                    output.write(f"stopped after {limit:g} s")
-                    for member in family:
-                        member.kill()
-    return log.read_text(), peak or None
+    peak = 0
+    while process.poll() is None:
+        late = time.time() > deadline
+        with suppress(psutil.Error):  # they may end at any time
+            if late or reads_memory:
+                family = [process, *process.children(recursive=True)]
+                peak = max(peak, sum(map(proportional, family)))
+                for member in family if late else ():
+                    member.kill()
+            process.wait(0.2)
+    return peak if reads_memory else None
 
 
 def proportional(process: psutil.Process) -> int:
