@@ -148,7 +148,7 @@ def wandb(
     except ImportError as error:
         raise _missing("wandb") from error
     memory = folder / "wandb.json"
-    mode_now = mode or os.environ.get("WANDB_MODE") or "offline"
+    mode_now: Any = mode or os.environ.get("WANDB_MODE") or "offline"
     run_id = _recall(memory, project)
     before = read_metrics(folder / "metrics.jsonl") if run_id and mode_now != "online" else []
     if run_id is None:
