@@ -56,7 +56,8 @@ def main() -> None:
         return
     failed = [] if options.table else run(options)
     records = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
-    print(table(records, list(CONTENDERS)))
+    records.sort(key=lambda record: list(CONTENDERS).index(record["contender"]))  # the floor first
+    print(table(records))
     sys.exit("\n".join(failed + disagreements(records)) or 0)
 
 

@@ -11,14 +11,14 @@ TOLERANCE = {"cnn": 1e-3}  # of the loss, for training amplifies the order of su
 COLUMNS = ("work", "contender", "s a round", "least", "most", "÷ floor2", "first round done, s", "memory, MB", "loss")
 
 
-def table(records: list[Record], order: list[str]) -> str:
+def table(records: list[Record]) -> str:
     """A line for each work and contender: its median round over all timed processes, but for their first rounds.
 
     The ratio to floor2 is the median (least to most) over the repeats, each the ratio of two medians.
     """
     lines = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2))]
     for work, group in grouped(records).items():
-        for name in sorted({record["contender"] for record in group}, key=order.index):
+        for name in dict.fromkeys(record["contender"] for record in group):
             own, floor = ([r for r in group if r["contender"] == wanted] for wanted in (name, "floor2"))
             lines.append((str(work), name, *numbers(own, floor)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -26,17 +26,22 @@ def table(records: list[Record], order: list[str]) -> str:
 
 def numbers(own: list[Record], floor: list[Record]) -> list[str]:
     timed = [record for record in own if not record["peak_pss"]]
-    seconds = sorted(second for record in timed for second in record["seconds"][1:])
-    bases = {record["repeat"]: median(record["seconds"][1:]) for record in floor}
-    ratios = sorted(median(r["seconds"][1:]) / bases[r["repeat"]] for r in timed if r["repeat"] in bases)
+    seconds = sorted(second for record in timed for second in counted(record))
+    bases = {record["repeat"]: median(counted(record)) for record in floor}
+    ratios = sorted(median(counted(r)) / bases[r["repeat"]] for r in timed if r["repeat"] in bases)
     peaks = [record["peak_pss"] / 1e6 for record in own if record["peak_pss"]]
     return [
-        *(f"{value:.4g}" for value in ((median(seconds), seconds[0], seconds[-1]) if seconds else ())),
+        *((f"{value:.4g}" for value in (median(seconds), seconds[0], seconds[-1])) if seconds else ("",) * 3),
         f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else "",
         f"{median(record['startup'] for record in timed):.1f}" if timed else "",
         f"{max(peaks):.0f}" if peaks else "",
         f"{list(own[-1]['losses'].values())[-1]:.6f}",
     ]
+
+
+def counted(record: Record) -> list[float]:
+    """Seconds of the rounds, but for the first one, if there are more."""
+    return record["seconds"][1:] or record["seconds"]
 
 
 def disagreements(records: list[Record]) -> list[str]:
