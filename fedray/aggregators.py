@@ -30,6 +30,7 @@ class Aggregator:
         report: The accumulator of the whole cohort to the aggregate.
         accumulate_group: ``accumulate`` for a group's clients and their stacked result at once, with the same bits;
             it writes nothing if it raises. None for one by one.
+        grows: Whether merging makes an accumulator larger, so that nothing is gained by merging on the way.
     """
 
     zero: Callable[[], Any]
@@ -37,6 +38,7 @@ class Aggregator:
     merge: Callable[[Any, Any], Any]
     report: Callable[[Any], Any]
     accumulate_group: Callable[[Any, Sequence[Client], ClientResult], Any] | None = None
+    grows: bool = False
 
 
 def total() -> Aggregator:
@@ -76,7 +78,7 @@ def collect(report: Callable[[list[Any]], Any] = list) -> Aggregator:
         return {**acc, client.slot: result.update}
 
     return Aggregator(
-        dict, accumulate, lambda a, b: {**a, **b}, lambda acc: report([acc[slot] for slot in sorted(acc)])
+        dict, accumulate, lambda a, b: {**a, **b}, lambda acc: report([acc[slot] for slot in sorted(acc)]), grows=True
     )
 
 

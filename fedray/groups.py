@@ -1,23 +1,24 @@
 """Many clients in one call: a group is a client whose tensors have a leading dimension.
 
 Small models leave a processor idle between their kernels. The clients of a group therefore train together: their
-params are stacked along a new first dimension, the forward pass is vmapped over it, and the losses are summed, so
-that the gradients separate by themselves. Tree arithmetic is elementwise, so a client update that consists of local
-training and tree arithmetic does not change. Who trains with whom follows from the cohort, never from the workers.
+params are stacked along a new first dimension (`fedray.stacked`), and the losses are summed, so that the gradients
+separate by themselves. Tree arithmetic is elementwise, so a client update that consists of local training and tree
+arithmetic does not change. Who trains with whom follows from the cohort, never from the workers.
 
 Tensors of a group are stacked, shape (clients, ...). Numbers are numpy vectors, shape (clients,).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.func import functional_call, vmap
 
 from fedray.algorithm import Client, ClientResult
-from fedray.local_training import LocalResult, LocalTraining, stepper
+from fedray.local_training import LocalResult, LocalTraining, num_examples, stepper
+from fedray.stacked import StackedModel, unknown_layer
 from fedray.trees import Params, Tree, tree_map
 
 if TYPE_CHECKING:
@@ -47,39 +48,82 @@ class Group:
 
 
 def units(cohort: Sequence[Client], size: int, has_state: Callable[[Client], bool]) -> list[list[Client]]:
-    """The cohort cut into groups of up to ``size`` clients of like cost, those with state apart from those without."""
-    ordered = sorted(cohort, key=lambda client: (has_state(client), -client.cost, client.slot))
+    """The cohort cut into groups of up to ``size`` clients of like cost, those with state apart from those without.
+
+    The groups are of equal size, and beyond two a multiple of four in number, so that 2, 4 or 8 workers have as many.
+    """
+    if size == 1:
+        return [[client] for client in cohort]
     cut: list[list[Client]] = []
-    for client in ordered:
-        if not cut or len(cut[-1]) == size or has_state(cut[-1][0]) != has_state(client):
-            cut.append([])
-        cut[-1].append(client)
+    for kept in (False, True):
+        alike = sorted((c for c in cohort if has_state(c) is kept), key=lambda client: (-client.cost, client.slot))
+        count = -(-len(alike) // size)
+        count = min(count if count <= 2 else -(-count // 4) * 4, len(alike))
+        bounds = [len(alike) * k // max(count, 1) for k in range(count + 1)]
+        cut += [alike[start:stop] for start, stop in itertools.pairwise(bounds)]
     return cut
 
 
 def suggested_size(task: "Task", cohort: int) -> int:
     """How many clients to train in one call: a rule of the layers and sizes alone, so that it is no machine's guess.
 
-    Models of matrix products, up to two million parameters, train a quarter of the cohort at once (at most 32), so
-    that four workers have a group each; others one client at a time.
+    Models of matrix products, up to two million parameters, train half of the cohort at once, but at most 32 clients
+    and two million parameters, which is what a processor's caches take; others train one client at a time.
     """
     model = task.model()
     own = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    small = sum(p.numel() for p in model.parameters()) <= _LARGEST_MODEL
-    pays = small and all(isinstance(module, _PAYS) for module in own) and obstacle(task, model) is None
-    return max(1, min(_LARGEST_GROUP, -(-cohort // 4))) if pays else 1
+    count = sum(p.numel() for p in model.parameters())
+    pays = count <= _LARGEST_MODEL and all(isinstance(module, _PAYS) for module in own)
+    if not pays or obstacle(task, model) is not None:
+        return 1
+    return max(1, min(_LARGEST_GROUP, -(-cohort // 2), _LARGEST_MODEL // max(count, 1)))
 
 
 def obstacle(task: "Task", model: torch.nn.Module) -> str | None:
     """Why clients of this task cannot train in one call, or None if they can."""
-    if not task.weighted_loss:
-        return "its loss does not take a weight for each example"
+    if task.losses is None:
+        return "its loss is not a mean over examples"
+    if task.augments:
+        return "its examples are augmented at random"
+    layer = unknown_layer(model)
+    if layer is not None:
+        return f"{layer} has params that cannot be stacked"
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{path} draws random numbers"
         if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.track_running_stats:
             return f"{path} keeps running statistics"
-    return None
+    return None if _is_stackable(task, model) else "its examples, or its layers, are not independent of each other"
+
+
+def _is_stackable(task: "Task", model: torch.nn.Module) -> bool:
+    """A trial: whether two clients with unlike params have the same losses and gradients together as one by one."""
+    draw = torch.Generator().manual_seed(0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    params = {
+        name: torch.stack([p.detach() + 0.1 * torch.randn(p.shape, generator=draw) for _ in range(2)]).requires_grad_()
+        for name, p in trained.items()
+    }
+    examples = task.examples(0)
+    rows = torch.arange(6) % num_examples(examples)
+    batch = task.prepare({name: column[rows] for name, column in examples.items()}, None)
+    losses = task.losses
+    assert losses is not None
+    alone = []
+    for part, mine in enumerate((slice(0, 3), slice(3, 6))):
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(params[name][part])
+        loss = losses(model.train(), {name: column[mine] for name, column in batch.items()})
+        gradients = torch.autograd.grad(loss.sum(), list(trained.values()), materialize_grads=True)
+        alone.append([loss.detach(), *gradients])
+    try:
+        together = StackedModel(model.train()).run(params, lambda model: losses(model, batch))
+        gradients = torch.autograd.grad(together.sum(), list(params.values()), materialize_grads=True)
+    except (RuntimeError, ValueError):
+        return False
+    found = [together.detach().view(2, 3), *gradients]
+    return all(torch.allclose(torch.stack(pair), own, 1e-2, 1e-4) for *pair, own in zip(*alone, found, strict=True))
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -125,63 +169,60 @@ def train(
     """
     names, count = list(learner.shapes), len(group.members)
     whole = [start[name].to(learner.device).expand(count, *shape) for name, shape in learner.shapes.items()]
-    params = [p.clone().requires_grad_() for p in whole]
-    step = stepper(params, names, start, local, group.round, correction, proximal, stacked=True)
-    examples = [learner.task.examples(client.id) for client in group.members]
-    module = _TaskLoss(learner.task, learner.fresh().train())
+    params = {name: p.clone().requires_grad_() for name, p in zip(names, whole, strict=True)}
+    model = learner.stacked()
+    # the backward pass makes the steps that are nothing but lr times the gradient; the stepper makes the others
+    lr = local.lr(group.round) if local.is_plain_sgd and correction is None and not proximal else None
+    stepped = [name for name in names if lr is None or name not in model.in_place]
+    step = stepper([params[n] for n in stepped], stepped, start, local, group.round, correction, proximal, stacked=True)
     num_steps, num_seen = np.zeros(count, int), np.zeros(count, int)
     total_loss = torch.zeros(count, device=learner.device)
-
-    def loss(params: list[torch.Tensor], batch: "Columns") -> torch.Tensor:
-        named = {f"model.{name}": p for name, p in zip(names, params, strict=True)}
-        return functional_call(module, named, (batch,))
-
-    for batch, sizes in _batches(learner, examples, group, local):
-        losses = vmap(loss)(params, batch)
-        gradients = torch.autograd.grad(losses.sum(), params, materialize_grads=True)
+    losses = learner.task.losses
+    assert losses is not None  # or the task would not be grouped
+    lengths, batches = _batches(learner, group, local)
+    for batch, weight, sizes in batches:
+        each = model.run(params, lambda module: losses(module, batch), lr)
+        own = (each.view(count, -1) * weight).sum(1)
+        found = torch.autograd.grad(own.sum(), list(params.values()), allow_unused=True)
+        of = dict(zip(names, found, strict=True))
+        gradients = [torch.zeros_like(params[n]) if of[n] is None else of[n] for n in stepped]
         held = torch.from_numpy(sizes).to(learner.device, torch.float32)
         with torch.no_grad():
             step(gradients, None if (sizes > 0).all() else held.sign())
-            total_loss += losses.detach() * held
+            total_loss += own.detach() * held
         num_steps += sizes > 0
         num_seen += sizes
-    trained = {name: p.detach() for name, p in zip(names, params, strict=True)}
-    num_examples = np.array([len(next(iter(columns.values()))) for columns in examples])
-    return LocalResult(trained, num_steps, num_examples, total_loss.cpu().numpy().astype(float) / num_seen)
-
-
-class _TaskLoss(torch.nn.Module):
-    def __init__(self, task: "Task", model: torch.nn.Module) -> None:
-        super().__init__()
-        self._task, self.model = task, model
-
-    def forward(self, batch: "Columns") -> torch.Tensor:
-        return self._task.loss(self.model, batch)
+    trained = {name: p.detach() for name, p in params.items()}
+    return LocalResult(trained, num_steps, lengths, total_loss.cpu().numpy().astype(float) / num_seen)
 
 
 def _batches(
-    learner: "Learner", examples: "list[Columns]", group: Group, local: LocalTraining
-) -> "Iterator[tuple[Columns, np.ndarray]]":
-    """Batches of all members, shape (clients, batch_size, ...) with a ``weight``, and how much of each is real."""
-    together = {name: torch.cat([columns[name] for columns in examples]) for name in examples[0]}
-    lengths = [len(next(iter(columns.values()))) for columns in examples]
-    firsts = np.cumsum([0, *lengths[:-1]])
+    learner: "Learner", group: Group, local: LocalTraining
+) -> "tuple[np.ndarray, Iterator[tuple[Columns, torch.Tensor, np.ndarray]]]":
+    """How many examples each member has, and batches of all of them: examples (clients·n, ...), weights, real sizes.
+
+    The weights, (clients, n), make means of what is real; the rest of a batch is filled up with examples of one's own.
+    """
+    examples = [learner.task.examples(client.id) for client in group.members]
+    lengths = np.array([num_examples(columns) for columns in examples])
     orders = [
-        local.batches(length, torch.Generator().manual_seed(client.seed))
-        for length, client in zip(lengths, group.members, strict=True)
+        [rows.numpy() for rows in local.batches(length, torch.Generator().manual_seed(client.seed))]
+        for length, client in zip(lengths.tolist(), group.members, strict=True)
     ]
-    width = min(local.batch_size, max(lengths))
-    while True:
-        chosen = [next(order, None) for order in orders]
-        sizes = np.array([0 if rows is None else len(rows) for rows in chosen])
-        if not sizes.any():
-            return
-        index = torch.from_numpy(firsts)[:, None].repeat(1, width)  # filled up with examples of one's own
-        weight = torch.zeros(len(chosen), width)
-        for k, rows in enumerate(chosen):
-            if rows is not None:
-                index[k, : len(rows)] = rows + firsts[k]
-                weight[k, : len(rows)] = 1 / len(rows)
-        ready = learner.prepare({name: column[index.view(-1)] for name, column in together.items()})
-        batch = {name: column.view(len(chosen), width, *column.shape[1:]) for name, column in ready.items()}
-        yield {**batch, "weight": weight.to(learner.device)}, sizes
+    num_steps, count = max(map(len, orders)), len(orders)
+    index = np.zeros((num_steps, count, min(local.batch_size, int(lengths.max()))), int)
+    index += (lengths.cumsum() - lengths)[:, None]
+    weights = np.zeros(index.shape, np.float32)
+    sizes = np.zeros((num_steps, count), int)
+    for k, order in enumerate(orders):
+        for s, rows in enumerate(order):
+            index[s, k, : len(rows)] += rows
+            weights[s, k, : len(rows)] = 1 / len(rows)
+            sizes[s, k] = len(rows)
+    together = learner.ready({name: torch.cat([columns[name] for columns in examples]) for name in examples[0]})
+
+    def batches() -> "Iterator[tuple[Columns, torch.Tensor, np.ndarray]]":
+        for rows, weight, real in zip(torch.from_numpy(index), torch.from_numpy(weights), sizes, strict=True):
+            yield together(rows.view(-1)), weight.to(learner.device), real
+
+    return lengths, batches()

@@ -7,16 +7,19 @@ import numpy as np
 import torch
 
 from fedray.algorithm import Client, Metrics
+from fedray.clock import Clock
 from fedray.errors import ConfigError
 from fedray.groups import Group
 from fedray.groups import train as train_group
-from fedray.local_training import LocalResult, LocalTraining, stepper
+from fedray.local_training import LocalResult, LocalTraining, num_examples, stepper
+from fedray.stacked import StackedModel
 from fedray.trees import Params
 
 Columns = dict[str, torch.Tensor]  # examples: tensors that share their first dimension
 LossFunction = Callable[[torch.nn.Module, Columns], torch.Tensor]
 
 _BLOCK = 256  # examples evaluated at a time
+_RESIDENT = 1 << 26  # bytes of a client's examples, up to which they are prepared once and not batch by batch
 
 
 class Task(Protocol):
@@ -31,8 +34,8 @@ class Task(Protocol):
         ...
 
     @property
-    def weighted_loss(self) -> bool:
-        """Whether ``loss`` weighs its examples by a column ``weight`` (summing to 1) where there is one."""
+    def augments(self) -> bool:
+        """Whether ``prepare`` draws random numbers for training."""
         ...
 
     @property
@@ -69,6 +72,11 @@ class Task(Protocol):
         """The mean training loss of a batch."""
         ...
 
+    @property
+    def losses(self) -> LossFunction | None:
+        """The training loss of each example, whose mean is ``loss``; None if there is no such thing."""
+        ...
+
     def evaluate(self, model: torch.nn.Module, batch: Columns) -> dict[str, Any]:
         """Sums over a batch (tensors of whole numbers, or floats) that can be added over batches."""
         ...
@@ -101,6 +109,8 @@ class Learner:
         self._buffers = _running_statistics(self.model, task.average_buffers)
         self._kept = [buffer for name, buffer in self.model.named_buffers() if name not in self._buffers]
         self._initially = [buffer.clone() for buffer in self._kept]
+        self._stacked: StackedModel | None = None
+        self.clock = Clock()
 
     def params(self) -> Params:
         """A copy of what is communicated: the trained parameters and, if averaged, the buffers."""
@@ -117,7 +127,7 @@ class Learner:
         own = {**self._trained, **self._buffers}
         if params.keys() != own.keys():
             raise ValueError(f"the params differ from the model's in {sorted(params.keys() ^ own.keys())}")
-        with torch.no_grad():
+        with torch.no_grad(), self.clock("load"):
             torch._foreach_copy_(list(own.values()), [params[name] for name in own])
         return self.fresh()
 
@@ -126,6 +136,14 @@ class Learner:
         if self._kept:
             torch._foreach_copy_(self._kept, self._initially)
         return self.model
+
+    def stacked(self) -> StackedModel:
+        """The scratch model for a group of clients, in training mode."""
+        if self._stacked is None:
+            self._stacked = StackedModel(self.model)
+        self.fresh()
+        self._stacked.model.train()
+        return self._stacked
 
     def train(
         self,
@@ -164,8 +182,9 @@ class Learner:
         total_loss = torch.zeros((), device=self.device)
         generator = torch.Generator().manual_seed(client.seed)
         seed_draws(client.seed, self.device)  # for dropout and the like; the worker restores the caller's generator
+        batch_of = self.ready(examples, generator)
         for rows in local.batches(length, generator):
-            batch = self.prepare({name: column[rows] for name, column in examples.items()}, generator)
+            batch = batch_of(rows)
             batch_loss = loss_of(model, batch)
             gradients = torch.autograd.grad(batch_loss, params, materialize_grads=True)
             with torch.no_grad():
@@ -199,12 +218,21 @@ class Learner:
     def prepare(self, examples: Columns, generator: torch.Generator | None = None) -> Columns:
         """The task's ``prepare``, on this learner's device."""
         ready = self.task.prepare({name: column.to(self.device) for name, column in examples.items()}, generator)
+        return self._formatted(ready)
+
+    def ready(self, examples: Columns, generator: torch.Generator | None = None) -> Callable[[torch.Tensor], Columns]:
+        """A function from rows of ``examples`` to a batch that is prepared for training."""
+        size = sum(column.numel() * max(4, column.element_size()) for column in examples.values())
+        if self.task.augments or size > _RESIDENT:
+            return lambda rows: self.prepare({name: column[rows] for name, column in examples.items()}, generator)
+        whole = self.prepare(examples)
+        return lambda rows: self._formatted({name: column[rows] for name, column in whole.items()})
+
+    def _formatted(self, batch: Columns) -> Columns:
         if self._format is not torch.channels_last:
-            return ready
-        images = {
-            name: column.contiguous(memory_format=self._format) for name, column in ready.items() if column.dim() == 4
-        }
-        return {**ready, **images}
+            return batch
+        images = {name: x.contiguous(memory_format=self._format) for name, x in batch.items() if x.dim() == 4}
+        return {**batch, **images}
 
     def _blocks(self, examples: Columns) -> Iterator[Columns]:
         for start in range(0, num_examples(examples), _BLOCK):
@@ -216,14 +244,6 @@ def seed_draws(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def num_examples(columns: Columns) -> int:
-    """How many examples there are; none is an error."""
-    length = len(next(iter(columns.values())))
-    if length == 0:
-        raise ValueError("there are no examples to train on")
-    return length
 
 
 def _running_statistics(model: torch.nn.Module, average: bool) -> dict[str, torch.Tensor]:

@@ -49,6 +49,13 @@ class LocalTraining:
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay is {self.weight_decay}; it must be >= 0")
 
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step is the gradient times the learning rate, and nothing else."""
+        return not (
+            self.local_optimizer != "sgd" or self.local_momentum or self.weight_decay or self.max_grad_norm is not None
+        )
+
     def lr(self, round: int) -> float:
         """The learning rate of a round (1-based)."""
         return self.local_lr * self.local_lr_decay ** (round - 1)
@@ -80,6 +87,14 @@ class LocalResult:
     num_steps: Number
     num_examples: Number
     loss: Number
+
+
+def num_examples(columns: dict[str, torch.Tensor]) -> int:
+    """How many examples there are; none is an error."""
+    length = len(next(iter(columns.values())))
+    if length == 0:
+        raise ValueError("there are no examples to train on")
+    return length
 
 
 Gradients = tuple[torch.Tensor, ...] | list[torch.Tensor]

@@ -30,14 +30,13 @@ SIZES = (1, 2, 3, 5, 8, 4, 6, 7, 2)  # unequal, with two clients of equal size
 
 @dataclass(frozen=True)
 class Problem:
-    """A task written directly against the protocol: each client's examples, a model and a mean loss."""
+    """A task written directly against the protocol: each client's examples, a model and each example's loss."""
 
     clients: tuple[Columns, ...]
     test: Columns
     build: Callable[[], nn.Module]
-    mean_loss: Callable[[nn.Module, Columns], torch.Tensor]
+    losses: Callable[[nn.Module, Columns], torch.Tensor]
     average_buffers: bool = False
-    weighted_loss: bool = True
     noise: float = 0.0  # of the augmentation
 
     @property
@@ -61,6 +60,10 @@ class Problem:
         return {name: column[start:stop] for name, column in self.test.items()}
 
     @property
+    def augments(self) -> bool:
+        return self.noise > 0
+
+    @property
     def num_test_examples(self) -> int:
         return len(self.test["y"])
 
@@ -71,11 +74,11 @@ class Problem:
         return {**examples, "x": examples["x"] + self.noise * jitter}
 
     def loss(self, model: nn.Module, batch: Columns) -> torch.Tensor:
-        return self.mean_loss(model, batch)
+        return self.losses(model, batch).mean()
 
     def evaluate(self, model: nn.Module, batch: Columns) -> dict[str, Any]:
         count = len(batch["y"])
-        sums = {"loss": self.mean_loss(model, batch).item() * count, "count": torch.tensor(count)}
+        sums = {"loss": self.loss(model, batch).item() * count, "count": torch.tensor(count)}
         if not batch["y"].is_floating_point():
             sums["hits"] = (model(batch["x"]).argmax(1) == batch["y"]).sum()
         return sums
@@ -85,10 +88,6 @@ class Problem:
         if "hits" in sums:
             metrics["test_accuracy"] = float(sums["hits"]) / float(sums["count"])
         return metrics, {}
-
-
-def _mean(losses: torch.Tensor, batch: Columns) -> torch.Tensor:
-    return losses @ batch["weight"] if "weight" in batch else losses.mean()
 
 
 def regression(spread: float = 0.3) -> Problem:
@@ -103,7 +102,7 @@ def regression(spread: float = 0.3) -> Problem:
     clients = tuple(columns(n, shared + spread * torch.randn(3, generator=draw)) for n in SIZES)
 
     def loss(model: nn.Module, batch: Columns) -> torch.Tensor:
-        return _mean(F.mse_loss(model(batch["x"])[:, 0], batch["y"], reduction="none"), batch)
+        return F.mse_loss(model(batch["x"])[:, 0], batch["y"], reduction="none")
 
     return Problem(clients, columns(20, shared), lambda: nn.Linear(3, 1), loss)
 
@@ -117,7 +116,7 @@ def _classification(shape: tuple[int, ...], build: Callable[[], nn.Module], nois
         return {"x": centres[y] + torch.randn(count, *shape, generator=draw), "y": y}
 
     def loss(model: nn.Module, batch: Columns) -> torch.Tensor:
-        return _mean(F.cross_entropy(model(batch["x"]), batch["y"], reduction="none"), batch)
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
     return Problem(tuple(columns(n) for n in SIZES), columns(20), build, loss, noise=noise)
 
@@ -148,8 +147,7 @@ def quadratic(curvatures: list[list[float]], optima: list[list[float]], weights:
     parts = tuple({"y": a[i].expand(n, -1), "b": b[i].expand(n, -1)} for i, n in enumerate(copies))
 
     def loss(model: nn.Module, batch: Columns) -> torch.Tensor:
-        each = (batch["y"] * (model.w - batch["b"]).square()).sum(1) / 2
-        return each @ batch["weight"].double() if "weight" in batch else each.mean()
+        return (batch["y"] * (model.w - batch["b"]).square()).sum(1) / 2
 
     return Problem(parts, parts[0], lambda: Point(len(optima[0])), loss)
 
@@ -160,7 +158,7 @@ def slopes(directions: list[list[float]], sizes: list[int]) -> Problem:
     parts = tuple({"y": g[i].expand(n, -1)} for i, n in enumerate(sizes))
 
     def loss(model: nn.Module, batch: Columns) -> torch.Tensor:
-        return (batch["y"] @ model.w).mean()
+        return batch["y"] @ model.w
 
     return Problem(parts, parts[0], lambda: Point(g.shape[1]), loss)
 

@@ -79,7 +79,7 @@ def test_any_order_and_any_grouping_give_the_same_bits(terms: Any, random: Any, 
     whole = total_of(terms)
     divisor = Fraction(random.randint(1, 1000), 7)
     assert_same_bits(exact.value(partials[0], divisor), exact.value(whole, divisor))
-    assert torch.equal(partials[0]["v"].total, whole["v"].total)
+    assert torch.equal(partials[0]["v"].fixed, whole["v"].fixed)
 
 
 @quick
@@ -90,7 +90,7 @@ def test_the_error_is_half_a_quantum_a_term(terms: Any):
         leaf = total
         for name in path:
             leaf = leaf[name]
-        for fixed, expected in zip(leaf.total.reshape(-1).tolist(), fractions(terms, *path), strict=True):
+        for fixed, expected in zip(leaf.fixed.reshape(-1).tolist(), fractions(terms, *path), strict=True):
             assert abs(fixed * QUANTUM - expected) <= error_bound(terms)
     assert exact.value(total)["deep"]["number"] == float(fractions(terms, "deep", "number")[0])
 
@@ -154,7 +154,7 @@ def test_whole_numbers_need_whole_weights():
 
 def test_many_terms_in_chunks_and_without_memory_layout():
     x = torch.randn(300, 700, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    total = total_of([(x.t(), 3), (x.t(), 0.5)]).total
+    total = total_of([(x.t(), 3), (x.t(), 0.5)]).fixed
     expected = (x.t() * 2**36).round().long() * 3 + (x.t() * 0.5 * 2**36).round().long()
     assert torch.equal(total, expected)
 

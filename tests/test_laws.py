@@ -199,7 +199,7 @@ def test_evaluation_never_goes_on_with_a_part_of_the_test_set():
     def broken(model: torch.nn.Module, batch: Any) -> torch.Tensor:
         raise RuntimeError("no such column")
 
-    backend = SerialBackend(replace(task, mean_loss=broken), on_client_error="drop")
+    backend = SerialBackend(replace(task, losses=broken), on_client_error="drop")
     with pytest.raises(FedrayError, match="no such column"):
         evaluate(task, Learner(task, "cpu").params(), backend)
 

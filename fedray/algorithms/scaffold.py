@@ -59,7 +59,7 @@ def scaffold(
 
 def require_plain_sgd(algorithm: str, local: LocalTraining) -> None:
     """An error unless the drift of a client is its learning rate times the sum of its gradients."""
-    if local.local_optimizer != "sgd" or local.local_momentum or local.weight_decay or local.max_grad_norm:
+    if not local.is_plain_sgd:
         raise ValueError(
             f"local_optimizer is {local.local_optimizer} with local_momentum {local.local_momentum}, weight_decay "
             f"{local.weight_decay}, max_grad_norm {local.max_grad_norm}; {algorithm} is defined for plain SGD only"

@@ -8,8 +8,9 @@ import torch
 
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientUpdate, Metrics
-from fedray.backends.worker import Job, Partial, balance, fold, map_items, reduce
+from fedray.backends.worker import Job, Partial, balance, fold, map_items, members, reduce
 from fedray.client_states import ClientStates
+from fedray.clock import Clock
 from fedray.groups import units
 from fedray.learner import Learner, Task
 
@@ -34,6 +35,7 @@ class SerialBackend:
         self._learner, self._num_shares, self._drop = Learner(task, device), num_shares, on_client_error == "drop"
         self._group = group
         self.client_states = ClientStates()
+        self.clock = Clock()
 
     def map_reduce(
         self,
@@ -46,17 +48,20 @@ class SerialBackend:
         grouped: bool = False,
     ) -> tuple[Any, Metrics]:
         """Run the cohort; see `fedray.algorithm.Backend`."""
-        job = Job(client_update, broadcast, aggregator, keeps_state, self._drop)
+        job = Job(client_update, aggregator, keeps_state, self._drop)
         partials: list[Partial] = []
         kept: list[tuple[Client, Any]] = []
         cut = units(cohort, self._group if grouped else 1, self.client_states.has)
+        whole = aggregator.zero()
         for share in balance(cut, self._num_shares):
             loaded = [[replace(client, state=self.client_states.of(client)) for client in unit] for unit in share]
-            partial, states = fold(self._learner, job, loaded)
+            partial, accumulator, states = fold(self._learner, job, broadcast, loaded)
+            with self.clock("merge"):
+                whole = aggregator.merge(whole, accumulator)
             partials.append(partial)
-            members = [client for unit in share for client in unit]
-            kept += [(c, state) for c, state in zip(members, states, strict=False) if state is not None]
-        result = reduce(partials, job, len(cohort))
+            self.clock.add(partial.seconds)
+            kept += [(c, state) for c, state in zip(members(share), states, strict=False) if state is not None]
+        result = reduce(partials, whole, job, len(cohort))
         self.client_states.stage(kept)
         return result
 

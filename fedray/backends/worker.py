@@ -1,12 +1,16 @@
 """What one worker does with its share of a cohort, and what the driver does with the parts. Knows nothing of Ray."""
 
+import ctypes
+import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 
+from fedray import exact
 from fedray.aggregators import Aggregator, mean
 from fedray.algorithm import Client, ClientResult, ClientUpdate, Metrics
 from fedray.errors import ClientError
@@ -19,10 +23,9 @@ Unit = list[Client]  # clients that one call trains: a group, or one
 
 @dataclass(frozen=True)
 class Job:
-    """One ``map_reduce``, as it is sent to every worker once."""
+    """One ``map_reduce`` without its values: what to compute, the same from round to round."""
 
     client_update: ClientUpdate
-    broadcast: Any
     aggregator: Aggregator
     keeps_state: bool
     drop_failures: bool
@@ -40,70 +43,98 @@ class Failure:
 
 @dataclass(frozen=True)
 class Partial:
-    """What a share of the cohort comes to: two accumulators, who failed, and the slots of those who keep a state."""
+    """What a share of the cohort comes to, but for the accumulator of the updates, which goes a way of its own.
 
-    update: Any
+    Attributes:
+        metrics: The accumulator of the metrics; None if the worker was lost with it.
+        failures: Who failed.
+        keepers: The slots of those who keep a state.
+        took: Seconds of each unit of the share.
+        size: Bytes of the accumulator's tensors.
+        seconds: Seconds by what they went to.
+    """
+
     metrics: Any
     failures: tuple[Failure, ...] = ()
     keepers: frozenset[int] = frozenset()
+    took: tuple[float, ...] = ()
+    size: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def fold(learner: Learner, job: Job, share: Sequence[Unit]) -> tuple[Partial, list[Tree | None]]:
-    """Run a share of the cohort: its partial sums, and what each of its clients keeps.
+def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> tuple[Partial, Any, list[Tree | None]]:
+    """Run a share of the cohort: what it comes to, the accumulator, and what each of its clients keeps.
 
     A pure function of its arguments: a share may be run again, elsewhere.
     """
-    metrics = mean()
-    partial, totals = job.aggregator.zero(), metrics.zero()
+    clock, metrics = learner.clock, mean()
+    clock.take()
+    accumulator, totals = job.aggregator.zero(), metrics.zero()
     states: list[Tree | None] = []
     failures: list[Failure] = []
-    job = replace(job, broadcast=_to(job.broadcast, learner.device))
-    versions = _versions(job.broadcast)
+    took: list[float] = []
+    broadcast = _to(broadcast, learner.device)
+    versions = _versions(broadcast)
     with torch.random.fork_rng():
         for unit in share:
+            began = time.perf_counter()
             clients = [replace(client, state=_to(client.state, learner.device)) for client in unit]
-            group = _update_group(learner, job, clients) if len(clients) > 1 else None
-            together = list(unstack(group, len(clients))) if group else None
-            if group and together and _versions(job.broadcast) == versions:
-                added = _add_group(job, (partial, totals), clients, group, together)
-                if added is not None:
-                    partial, totals = added
-                    states += [result.state for result in together]
-                    continue
+            group = together = added = None
+            if len(clients) > 1:
+                with clock("train"):
+                    group = _update_group(learner, job, broadcast, clients)
+            if group is not None:
+                together = list(unstack(group, len(clients)))
+                if _versions(broadcast) == versions:
+                    with clock("accumulate"):
+                        added = _add_group(job, (accumulator, totals), clients, group, together)
+            if added is not None and together is not None:
+                accumulator, totals = added
+                states += [result.state for result in together]
+                took.append(time.perf_counter() - began)
+                continue
             for k, client in enumerate(clients):
                 state = None
                 try:
-                    result = together[k] if together else _update_client(learner, job, client)
-                    reported = {name: float(value) for name, value in result.metrics.items()}
-                    counted = metrics.accumulate(totals, client, ClientResult(reported, result.weight))
-                    # last, for it may write: a client that fails leaves nothing behind in the sums
-                    partial, totals, state = job.aggregator.accumulate(partial, client, result), counted, result.state
+                    with clock("train"):
+                        result = together[k] if together else _update_client(learner, job, broadcast, client)
+                    with clock("accumulate"):
+                        reported = {name: float(value) for name, value in result.metrics.items()}
+                        counted = metrics.accumulate(totals, client, ClientResult(reported, result.weight))
+                        # last, for it may write: a client that fails leaves nothing behind in the sums
+                        accumulator = job.aggregator.accumulate(accumulator, client, result)
+                    totals, state = counted, result.state
                 except Exception:
                     failures.append(Failure(client.id, client.round, traceback.format_exc()))
-                if _versions(job.broadcast) != versions:
+                if _versions(broadcast) != versions:
                     failures.append(Failure(client.id, client.round, _WROTE.format(client.id), fatal=True))
                 if failures and (failures[-1].fatal or not job.drop_failures):
-                    return Partial(partial, totals, tuple(failures)), states
+                    return Partial(totals, tuple(failures)), accumulator, states
                 states.append(state)
-    members = [client for unit in share for client in unit]
-    keepers = frozenset(client.slot for client, state in zip(members, states, strict=True) if state is not None)
-    return Partial(partial, totals, tuple(failures), keepers), states
+            took.append(time.perf_counter() - began)
+    keepers = frozenset(c.slot for c, state in zip(members(share), states, strict=True) if state is not None)
+    return Partial(totals, tuple(failures), keepers, tuple(took), _size(accumulator), clock.take()), accumulator, states
 
 
-def _update_client(learner: Learner, job: Job, client: Client) -> ClientResult:
+def members(share: Sequence[Unit]) -> list[Client]:
+    """The clients of a share, in order."""
+    return [client for unit in share for client in unit]
+
+
+def _update_client(learner: Learner, job: Job, broadcast: Any, client: Client) -> ClientResult:
     kept = _versions(client.state)
     seed_draws(client.seed, learner.device)  # what it draws does not depend on who went before
-    result = job.client_update(learner, job.broadcast, client)
+    result = job.client_update(learner, broadcast, client)
     _check(job, client, result, kept)
     return result
 
 
-def _update_group(learner: Learner, job: Job, clients: list[Client]) -> ClientResult | None:
+def _update_group(learner: Learner, job: Job, broadcast: Any, clients: list[Client]) -> ClientResult | None:
     """The stacked result of clients that train in one call; None if it fails: one by one shows whose fault it is."""
     states = [client.state for client in clients if client.state is not None]
     group = Group(tuple(clients), stack(states) if states else None)
     try:
-        result = job.client_update(learner, job.broadcast, cast(Client, group))
+        result = job.client_update(learner, broadcast, cast(Client, group))
         _check(job, clients[0], result, _versions(clients[0].state))
     except Exception:
         return None
@@ -126,8 +157,8 @@ def _add_group(
         return None
 
 
-def reduce(partials: Sequence[Partial], job: Job, num_clients: int) -> tuple[Any, Metrics]:
-    """Merge the parts of a round.
+def reduce(partials: Sequence[Partial], accumulator: Any, job: Job, num_clients: int) -> tuple[Any, Metrics]:
+    """What a round comes to, from its parts and their merged accumulators.
 
     Raises:
         ClientError: a client raised and failures are not dropped, or every client failed, or one wrote into the
@@ -142,21 +173,42 @@ def reduce(partials: Sequence[Partial], job: Job, num_clients: int) -> tuple[Any
             + f":\n{first.traceback}"
         )
     metrics = mean()
-    whole, totals = job.aggregator.zero(), metrics.zero()
+    totals = metrics.zero()
     for partial in partials:
-        if partial.metrics is None:  # its worker was lost with it
-            continue
-        whole, totals = job.aggregator.merge(whole, partial.update), metrics.merge(totals, partial.metrics)
+        if partial.metrics is not None:
+            totals = metrics.merge(totals, partial.metrics)
     failed = {"clients_failed": float(len(failures))} if failures else {}
-    return job.aggregator.report(whole), {**metrics.report(totals), **failed}
+    return job.aggregator.report(accumulator), {**metrics.report(totals), **failed}
 
 
-def balance(units: Sequence[Unit], num_shares: int) -> list[list[Unit]]:
+class Costs:
+    """What clients cost: their expected work, corrected by the seconds that they took before."""
+
+    def __init__(self) -> None:
+        self._pace: dict[int, float] = {}  # seconds of a client for one unit of expected work
+        self._seconds = self._work = 0.0
+
+    def of(self, unit: Unit) -> float:
+        """Expected seconds of a unit; its expected work, as long as nothing was learnt."""
+        mean = self._seconds / self._work if self._work else 1.0
+        return sum(client.cost * self._pace.get(client.id, mean) for client in unit)
+
+    def learn(self, unit: Unit, seconds: float) -> None:
+        """Take note of what a unit took; the clients of a group share it by their expected work."""
+        work = sum(client.cost for client in unit)
+        if not work:
+            return
+        for client in unit:  # the mean of the last ones, which smooths over what else the machine did
+            self._pace[client.id] = (self._pace.get(client.id, seconds / work) + seconds / work) / 2
+        self._seconds, self._work = self._seconds + seconds, self._work + work
+
+
+def balance(units: Sequence[Unit], num_shares: int, costs: Costs | None = None) -> list[list[Unit]]:
     """Costliest first to the least loaded share (Graham's rule); shares may be empty."""
     shares: list[list[Unit]] = [[] for _ in range(num_shares)]
     loads = [0.0] * num_shares
-    costs = [sum(client.cost for client in unit) for unit in units]
-    for cost, unit in sorted(zip(costs, units, strict=True), key=lambda pair: -pair[0]):
+    expected = [(costs or Costs()).of(unit) for unit in units]
+    for cost, unit in sorted(zip(expected, units, strict=True), key=lambda pair: -pair[0]):
         lightest = loads.index(min(loads))
         shares[lightest].append(unit)
         loads[lightest] += cost
@@ -187,6 +239,16 @@ def _check(job: Job, client: Client, result: ClientResult, kept: list[int]) -> N
         )
 
 
+def _size(accumulator: Any) -> int:
+    if isinstance(accumulator, exact.Sum):
+        accumulator = accumulator.total
+    if isinstance(accumulator, torch.Tensor):
+        return accumulator.numel() * accumulator.element_size()
+    if isinstance(accumulator, dict | list | tuple):
+        return sum(map(_size, accumulator.values() if isinstance(accumulator, dict) else accumulator))
+    return 0
+
+
 def _to(tree: Tree, device: torch.device) -> Tree:
     if isinstance(tree, dict):
         return {name: _to(branch, device) for name, branch in tree.items()}
@@ -201,3 +263,16 @@ def _versions(tree: Tree) -> list[int]:
         branches = tree.values() if isinstance(tree, dict) else tree
         return [version for branch in branches for version in _versions(branch)]
     return [tree._version] if isinstance(tree, torch.Tensor) else []
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep up to 256 MB that this process has freed, instead of handing it back at once.
+
+    Every step of a training frees and allocates the same megabytes again. Given back to the system each time, they come
+    back as page faults, which took half of a small model's training. Other C libraries are left as they are.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with suppress(OSError, AttributeError):
+        allocator = ctypes.CDLL("libc.so.6")
+        allocator.mallopt(mmap_threshold, 1 << 28)
+        allocator.mallopt(trim_threshold, 1 << 28)

@@ -28,12 +28,16 @@ class Classification:
     seed: int
     augment: Literal["none", "crop_flip"]
     average_buffers: bool
-    weighted_loss: bool = True
 
     @property
     def sizes(self) -> np.ndarray:
         """Examples of each client, shape (num_clients,)."""
         return self.partition.sizes
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are shifted and flipped at random."""
+        return self.augment != "none"
 
     @property
     def num_test_examples(self) -> int:
@@ -80,10 +84,11 @@ class Classification:
 
     def loss(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
         """Mean cross-entropy."""
-        logits = model(batch["x"])
-        if "weight" not in batch:
-            return F.cross_entropy(logits, batch["y"])
-        return F.cross_entropy(logits, batch["y"], reduction="none") @ batch["weight"]
+        return F.cross_entropy(model(batch["x"]), batch["y"])
+
+    def losses(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
+        """Cross-entropy of each example."""
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
     def evaluate(self, model: torch.nn.Module, batch: Columns) -> dict[str, Any]:
         """The summed loss, and the confusion matrix (true class × predicted class)."""

@@ -2,21 +2,36 @@
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any, Literal
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientUpdate, Metrics
 from fedray.backends.ray.cluster import carry_users_modules
 from fedray.backends.ray.tensors import travel_as_arrays
-from fedray.backends.worker import Failure, Job, Partial, Unit, balance, fold, map_items, reduce
+from fedray.backends.worker import (
+    Costs,
+    Failure,
+    Job,
+    Partial,
+    Unit,
+    balance,
+    fold,
+    keep_freed_memory,
+    map_items,
+    members,
+    reduce,
+)
 from fedray.client_states import ClientStates
+from fedray.clock import Clock
 from fedray.errors import ConfigError, FedrayError
 from fedray.groups import units
 from fedray.learner import Learner, Task
@@ -27,6 +42,8 @@ TaskRef = list[ray.ObjectRef]  # in a list, Ray hands over the reference instead
 Start = Callable[[Any, list[Any]], list[ray.ObjectRef]]
 
 ATTEMPTS = 3  # how often one client may take its worker down before it is the client's fault
+_INLINE = 100_000  # bytes, up to which Ray sends an argument along with the call
+_TREE = 1 << 28  # bytes of accumulators, beyond which the workers merge them pair by pair, and the driver gets one
 
 
 @dataclass(frozen=True)
@@ -71,25 +88,34 @@ class _Worker:
 
     def __init__(self, device: str, threads: int) -> None:
         travel_as_arrays()
+        keep_freed_memory()
         torch.set_num_threads(threads)
         self._device = device
         self._learner: Learner | None = None
+        self._job: tuple[bytes, Job] | None = None
 
     def ready(self, task: TaskRef) -> dict[str, Any]:
         node, device = ray.get_runtime_context().get_node_id(), str(self._learn(task).device)
         return {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), "device": device}
 
-    def fold(self, task: TaskRef, job: Job, share: list[Unit], *states: Any) -> Any:
+    def fold(self, task: TaskRef, job: bytes, broadcast: Any, share: list[Unit], *states: Any) -> tuple[Any, ...]:
         if states:
             held = iter(states)
             share = [[replace(client, state=next(held)) for client in unit] for unit in share]
-        partial, kept = fold(self._learn(task), job, share)
-        if not job.keeps_state:
-            return partial
-        return partial, *kept, *[None] * (len(states) - len(kept))
+        partial, accumulator, kept = fold(self._learn(task), self._loaded(job), broadcast, share)
+        kept += [None] * (len(states) - len(kept))
+        return partial, accumulator, *kept[: len(states)]
+
+    def merge(self, job: bytes, left: Any, right: Any) -> Any:
+        return self._loaded(job).aggregator.merge(left, right)
 
     def map(self, task: TaskRef, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
         return map_items(self._learn(task), fn, items)
+
+    def _loaded(self, job: bytes) -> Job:
+        if self._job is None or self._job[0] != job:  # mostly, a round has the job of the round before
+            self._job = job, ray.cloudpickle.loads(job)
+        return self._job[1]
 
     def _learn(self, task: TaskRef) -> Learner:
         # not the constructor's work: Ray would have to keep a constructor's arguments for a restart
@@ -130,7 +156,9 @@ class RayBackend:
         self._workers = [actor.remote(resources.device, resources.threads) for _ in range(resources.num_workers)]
         self._group = group
         self._drop = resources.on_client_error == "drop"
+        self._costs = Costs()
         self.client_states = ClientStates()
+        self.clock = Clock()
         self.workers = self.probe()
 
     def probe(self) -> list[dict[str, Any]]:
@@ -159,24 +187,57 @@ class RayBackend:
         grouped: bool = False,
     ) -> tuple[Any, Metrics]:
         """Run the cohort; see `fedray.algorithm.Backend`."""
-        job = Job(client_update, broadcast, aggregator, keeps_state, self._drop)
-        job_ref = ray.put(job)  # once; Ray copies it to each node, not to each client
+        job = Job(client_update, aggregator, keeps_state, self._drop)
+        began = time.perf_counter()
+        with self.clock("broadcast"):
+            sent = ray.put(broadcast)  # once; Ray copies it to each node, not to each client
+            told: Any = ray.cloudpickle.dumps(job)
+            told = told if len(told) < _INLINE else ray.put(told)
 
         def start(worker: Any, share: list[Unit]) -> list[ray.ObjectRef]:
-            if not keeps_state:
-                return [worker.fold.remote([self._task], job_ref, share)]
             # states are values of their own among the results, so that they outlive the worker and can go to another
-            states = [self.client_states.of(client) for client in _members(share)]
-            return worker.fold.options(num_returns=1 + len(states)).remote([self._task], job_ref, share, *states)
+            states = [self.client_states.of(client) for client in members(share)] if keeps_state else []
+            call = worker.fold.options(num_returns=2 + len(states))
+            return call.remote([self._task], told, sent, share, *states)
 
+        costs = self._costs if metered else None  # the parts of an evaluation are no clients
         cut = units(cohort, self._group if grouped else 1, self.client_states.has)
-        done = list(self._run(start, [share for share in balance(cut, len(self._workers)) if share]))
-        partials = [_lost(share, value) if isinstance(value, Crash) else value for share, value, _ in done]
-        result = reduce(partials, job, len(cohort))
-        keepers = frozenset[int]().union(*(partial.keepers for partial in partials))
-        kept = [pair for share, _, refs in done for pair in zip(_members(share), refs, strict=False)]
-        self.client_states.stage((client, ref) for client, ref in kept if client.slot in keepers)
+        shares = [share for share in balance(cut, len(self._workers), costs) if share]
+        whole, waiting = aggregator.zero(), list[ray.ObjectRef]()
+        partials: list[Partial] = []
+        kept: list[tuple[Client, ray.ObjectRef]] = []
+        busy = 0.0
+        for share, partial, refs in self._run(start, shares):
+            if isinstance(partial, Crash):
+                partials.append(_lost(share, partial))
+                continue
+            partials.append(partial)
+            self.clock.add(partial.seconds)
+            busy += sum(partial.seconds.values())
+            if costs is not None:
+                for unit, seconds in zip(share, partial.took, strict=False):
+                    costs.learn(unit, seconds)
+            kept += [pair for pair in zip(members(share), refs[1:], strict=False) if pair[0].slot in partial.keepers]
+            if len(shares) > 3 and not aggregator.grows and partial.size * len(shares) > _TREE:
+                waiting.append(refs[0])
+                continue
+            with self.clock("merge"):  # as they come: whoever is first does not wait for the others
+                whole = aggregator.merge(whole, ray.get(refs[0]))
+        with self.clock("merge"):
+            for ref in self._merged(told, waiting):
+                whole = aggregator.merge(whole, ray.get(ref))
+            result = reduce(partials, whole, job, len(cohort))
+        self.clock.add({"idle": len(self._workers) * (time.perf_counter() - began) - busy})
+        self.client_states.stage(kept)
         return result
+
+    def _merged(self, job: Any, parts: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """The parts merged by the workers, pair by pair, to one at most."""
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            merged = [w.merge.remote(job, *pair) for w, pair in zip(cycle(self._workers), pairs, strict=False)]
+            parts = merged + parts[len(parts) - len(parts) % 2 :]
+        return parts
 
     def map(self, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
         """``[fn(learner, item) for item in items]``, each item wherever a worker is free."""
@@ -222,7 +283,7 @@ class RayBackend:
             worker, share, attempt, others = running.pop(first)
             try:
                 value = ray.get(first)
-            except (RayActorError, OutOfMemoryError) as error:
+            except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
                 if not share:  # it was restarting, and died again
                     raise FedrayError(f"a worker cannot be restarted: {error}") from None
                 # with retries this call waits until Ray has restarted the worker
@@ -249,12 +310,8 @@ def _parts(share: list[Any], attempt: int) -> list[list[Any]]:
     return [[[client]] for client in item] if isinstance(item, list) and len(item) > 1 else []
 
 
-def _members(share: list[Unit]) -> list[Client]:
-    return [client for unit in share for client in unit]
-
-
 def _lost(share: list[Unit], crash: Crash) -> Partial:
-    return Partial(None, None, tuple(Failure(client.id, client.round, f"it {crash}") for client in _members(share)))
+    return Partial(None, tuple(Failure(client.id, client.round, f"it {crash}") for client in members(share)))
 
 
 def _first_line(error: Exception) -> str:
