@@ -66,7 +66,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (N, L, vocabulary) of token ids (N, L)."""
-        embedded = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        count, length = tokens.shape
+        places = torch.arange(length, device=tokens.device).repeat(count, 1)  # a row a sequence, as of every layer
+        embedded = self.tokens(tokens) + self.positions(places)
         return self.head(self.norm(self.blocks(self.dropout(embedded))))
 
 

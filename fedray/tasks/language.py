@@ -70,18 +70,23 @@ class LanguageModeling:
 
     def loss(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
         """Mean cross-entropy of the next token."""
-        losses, _ = self._continued(model, batch["x"])
-        return losses.mean() if "weight" not in batch else losses.mean(1) @ batch["weight"]
+        losses = self.losses(model, batch)
+        return losses @ batch["weight"] if "weight" in batch else losses.mean()
+
+    def losses(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
+        """Mean cross-entropy of the next token in each sequence."""
+        return _cross_entropy(*_continued(model, batch["x"])).mean(1)
 
     def evaluate(self, model: torch.nn.Module, batch: Columns) -> dict[str, Any]:
         """The summed loss, how many tokens were predicted, and how many of these rightly."""
         sequences = max(1, _LOGITS // (self.length * self.data.vocabulary))
-        parts = [self._continued(model, tokens) for tokens in batch["x"].split(sequences)]
-        return {
-            "loss": sum(losses.double().sum().item() for losses, _ in parts),
-            "hits": torch.stack([hits.sum() for _, hits in parts]).sum().cpu(),
-            "tokens": torch.tensor(batch["x"].shape[0] * self.length),
-        }
+        loss, hits = 0.0, 0
+        for tokens in batch["x"].split(sequences):
+            logits, following = _continued(model, tokens)
+            loss += _cross_entropy(logits, following).double().sum().item()
+            hits += int((logits.argmax(-1) == following).sum())
+        count = batch["x"].shape[0] * self.length
+        return {"loss": loss, "hits": torch.tensor(hits), "tokens": torch.tensor(count)}
 
     def summarize(self, sums: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
         """Loss in nats a token, perplexity (its exponential), and accuracy of the next token."""
@@ -90,11 +95,14 @@ class LanguageModeling:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"test_loss": loss, "perplexity": perplexity, "test_accuracy": float(sums["hits"]) / count}, {}
 
-    def _continued(self, model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of each next token, and whether it was the likeliest, both (n, length)."""
-        logits, following = model(tokens[:, :-1]), tokens[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
-        return losses.view(following.shape), logits.argmax(-1) == following
+
+def _continued(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits at each place, (n, length, V), and the token that follows it, (n, length)."""
+    return model(tokens[:, :-1].contiguous()), tokens[:, 1:]
+
+
+def _cross_entropy(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(following.shape)
 
 
 def language_modeling(
