@@ -142,7 +142,8 @@ def watched(name: str, work: Work, options: argparse.Namespace, reads_memory: bo
         log, out = Path(folder, "log"), Path(folder, "out")
         began = time.time()
         told = {"WORK": json.dumps(asdict(work)), "DATA": DATA, "SOURCE": options.data, "OUT": out, "BEGAN": began}
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "FLWR_HOME": str(Path(folder, "flower"))}
+        paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # this script's own fedray
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "FLWR_HOME": str(Path(folder, "flower"))}
         environment = {**os.environ, **settings, **{f"SPEED_{key}": str(value) for key, value in told.items()}}
         command = [python(name, options.environments), "-m", *CONTENDERS[name][1].split()]
         with log.open("w") as output:
