@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedray.runs import Run, resume, run
     from fedray.samplers import Population
     from fedray.tasks.classification import classification
+    from fedray.tasks.language import language_modeling
 
 _HOME = {
     "Aggregator": "fedray.aggregators",
@@ -26,6 +27,7 @@ _HOME = {
     "SerialBackend": "fedray.backends.serial",
     "Task": "fedray.learner",
     "classification": "fedray.tasks",
+    "language_modeling": "fedray.tasks",
     "resume": "fedray.runs",
     "run": "fedray.runs",
 }

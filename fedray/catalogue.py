@@ -14,6 +14,7 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "datasets": ("fedray.data:DATASETS", "fedray.data:Dataset"),
     "partitions": ("fedray.data:PARTITIONS", "fedray.tasks.classification:Partitioner"),
     "models": ("fedray.models:MODELS", "fedray.tasks.classification:ModelBuilder"),
+    "language_models": ("fedray.models:LANGUAGE_MODELS", "fedray.tasks.language:LanguageModelBuilder"),
     "samplers": ("fedray.samplers:SAMPLERS", "fedray.rounds:Sampler"),
     "backends": ("fedray.backends:BACKENDS", "fedray.backends:Launcher"),
     "trackers": ("fedray.trackers:TRACKERS", "fedray.trackers:TrackerFactory"),

@@ -99,7 +99,7 @@ def _finish(folder: Path) -> None:
     from fedray.report import read_run
 
     final = read_run(folder).final
-    shown = {"test_accuracy": "accuracy", "test_loss": "loss", "macro_f1": "macro-F1"}
+    shown = {"test_accuracy": "accuracy", "test_loss": "loss", "macro_f1": "macro-F1", "perplexity": "perplexity"}
     figures = "  ".join(f"{label} {final[key]:.4f}" for key, label in shown.items() if key in final)
     print(f"{figures}\nreport: {folder / 'report.html'}")
 

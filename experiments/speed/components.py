@@ -26,7 +26,7 @@ def sampler(population: Population, cohort: int, _rng: np.random.Generator, roun
 
 
 def partition(data: Dataset, _seed: int, /, num_clients: int) -> Partition:
-    """Fifty images each; from the 1,001st client on, images are used again.
+    """Fifty examples each; from the 1,001st client on, examples are used again.
 
     Args:
         num_clients: Number of clients.
@@ -39,12 +39,23 @@ def model(input_shape: tuple[int, ...], num_classes: int, /, kind: str, size: in
     """A reference model of fedray, with the initial parameters of the shared work.
 
     Args:
-        kind: cnn, mlp, softmax or padded.
-        size: Width of the mlp's hidden layer; megabytes of the padding.
+        kind: cnn, mlp, softmax, padded or vit-bias.
+        size: Width of the mlp's hidden layer, or of the Transformer; megabytes of the padding.
     """
+    if kind == "vit-bias":  # which is no model of fedray
+        return Work(kind, size).build()
     options = {"hidden": [size]} if kind == "mlp" else {}
     made = initialized(MODELS["softmax" if kind == "padded" else kind](input_shape, num_classes, **options))
     return padded(made, size) if kind == "padded" else made
+
+
+def language_model(_vocabulary: int, _length: int, /, size: int) -> nn.Module:
+    """The causal Transformer of the shared work.
+
+    Args:
+        size: Width.
+    """
+    return Work("text", size).build()
 
 
 def no_work() -> FederatedAlgorithm:

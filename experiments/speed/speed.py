@@ -2,7 +2,9 @@
 
     python experiments/speed/speed.py --install            # once: pfl and Flower get environments of their own
     python experiments/speed/speed.py --work mlp cnn softmax --rounds 20 --repeat 3
+    python experiments/speed/speed.py --work vit-bias text # bias tuning of a vision Transformer; a language model
     python experiments/speed/speed.py --scale              # cohorts of 40 to 1,000, populations of 100 to 100,000
+    python experiments/speed/speed.py --sizes              # models of 10,000 to 100 million parameters
     python experiments/speed/speed.py --overhead           # a round whose clients do nothing
     python experiments/speed/speed.py --table              # nothing but the table of what is in --out
 
@@ -27,7 +29,7 @@ from typing import Any
 
 import psutil
 from table import disagreements, table
-from work import Work, prepare
+from work import TRANSFORMERS, Work, prepare
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / ".data"  # normalised images, which the processes share
@@ -38,6 +40,7 @@ CONTENDERS = {  # the environment ("" is this one), and what to run in it with `
     "floor2-compiled": ("", "contenders.floor 2 compile"),
     "floor2-channels-last": ("", "contenders.floor 2 channels_last"),
     "fedray": ("", "contenders.fedray"),
+    "fedray1": ("", "contenders.fedray backend.num_workers=1"),
     "fedray-serial": ("", "contenders.fedray backend.name=serial"),
     "pfl1": ("pfl", "contenders.pfl"),
     "pfl2": ("pfl", "torch.distributed.run --standalone --nproc_per_node=2 -m contenders.pfl"),
@@ -64,7 +67,8 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fmnist = os.environ.get("FEDRAY_FMNIST", "/usr/share/datasets/fashion-mnist")
-    parser.add_argument("--work", nargs="+", default=["mlp", "cnn", "softmax"], choices=["mlp", "cnn", "softmax"])
+    known = ["mlp", "cnn", "softmax", *TRANSFORMERS]
+    parser.add_argument("--work", nargs="+", default=known[:3], choices=known, help="default: mlp cnn softmax")
     parser.add_argument(
         "--contenders", nargs="+", default=DEFAULT, choices=CONTENDERS, help=f"default: {' '.join(DEFAULT)}"
     )
@@ -73,8 +77,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--population", type=int, nargs="+", default=[1000], help="clients")
     parser.add_argument("--cohort", type=int, nargs="+", default=[40], help="clients a round")
     parser.add_argument("--hidden", type=int, nargs="+", default=[64], help="width of the mlp's hidden layer")
+    parser.add_argument("--width", type=int, nargs="+", default=[64], help="width of vit-bias and text")
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--scale", action="store_true", help="the mlp with larger and larger cohorts and populations")
+    preset.add_argument("--sizes", action="store_true", help="mlps of 10,000 to 100 million parameters")
     preset.add_argument("--overhead", action="store_true", help="models of 1 and 100 MB, clients that do nothing")
     preset.add_argument("--install", action="store_true", help="make the environments of pfl and Flower")
     preset.add_argument("--table", action="store_true", help="print the table of what is in --out")
@@ -94,13 +100,16 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
     if options.scale:
         sizes = [(100, 40), (1000, 40), (100_000, 40), *((10_000, cohort) for cohort in (40, 100, 200, 400, 1000))]
         yield from (Work("mlp", 64, population, cohort, options.rounds) for population, cohort in sizes)
+    elif options.sizes:  # ten thousand parameters, and ten times as many, and so on
+        widths = [(12, 40), (126, 40), (1_258, 40), (12_579, 40), (125_786, 4)]
+        yield from (Work("mlp", width, 1000, cohort, options.rounds) for width, cohort in widths)
     elif options.overhead:
         yield from (
             Work("padded", megabytes, 1000, cohort, options.rounds, 0) for megabytes in (1, 100) for cohort in (2, 40)
         )
     else:
         for model, population, cohort in product(options.work, options.population, options.cohort):
-            widths = options.hidden if model == "mlp" else [0]
+            widths = options.hidden if model == "mlp" else options.width if model in TRANSFORMERS else [0]
             yield from (Work(model, width, population, cohort, options.rounds) for width in widths)
 
 
@@ -133,7 +142,8 @@ def watched(name: str, work: Work, options: argparse.Namespace, reads_memory: bo
         log, out = Path(folder, "log"), Path(folder, "out")
         began = time.time()
         told = {"WORK": json.dumps(asdict(work)), "DATA": DATA, "SOURCE": options.data, "OUT": out, "BEGAN": began}
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "FLWR_HOME": str(Path(folder, "flower"))}
+        paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # this script's own fedray
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "FLWR_HOME": str(Path(folder, "flower"))}
         environment = {**os.environ, **settings, **{f"SPEED_{key}": str(value) for key, value in told.items()}}
         command = [python(name, options.environments), "-m", *CONTENDERS[name][1].split()]
         with log.open("w") as output:

@@ -12,6 +12,7 @@ from fedray.data.partitions import (
     quantity_skew,
     shards,
 )
+from fedray.data.text import sotu, text
 
 __all__ = ["DATASETS", "PARTITIONS", "Dataset", "Partition"]
 
@@ -22,6 +23,8 @@ DATASETS = {
     "cifar10": cifar10,
     "hub": hub,
     "npz": npz,
+    "sotu": sotu,
+    "text": text,
 }
 
 PARTITIONS = {

@@ -13,19 +13,20 @@ Columns = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set for classification: plain arrays, so that one copy in shared memory serves every worker.
+    """Labelled examples as plain arrays, so that one copy in shared memory serves every worker.
 
     Clients hold positions in ``train``; ``test`` is the server's. All arrays are C-contiguous and read-only.
 
     Attributes:
         name: what reports call it.
-        train: columns of equal length. ``x`` is uint8 of shape N×C×H×W (images) or float32 of shape N×...; ``y`` is
-            int64 of shape N, a position in ``classes``; any further column (speaker, domain, writer: numpy strings
-            or whole numbers) is there to partition by.
+        train: columns of equal length. ``x`` is uint8 of shape N×C×H×W (images), float32 of shape N×..., or of text
+            whole numbers of shape N×L (token ids); ``y`` is int64 of shape N, a position in ``classes``; any further
+            column (speaker, domain, writer: numpy strings or whole numbers) is there to partition by.
         test: the same columns for the test examples.
-        classes: the name of each class.
-        mean: per channel (axis 1 of ``x``), or a single value for all; of ``x/255`` where ``x`` is uint8.
+        classes: the name of each class; of text to continue, of each author.
+        mean: per channel (axis 1 of ``x``), or a single value for all; of ``x/255`` where ``x`` is uint8; () of text.
         std: likewise, never 0. A task normalises with ``(x - mean) / std``.
+        vocabulary: how many token ids there are, of text; 0 of everything else.
 
     Raises:
         DataError: if a column lacks, or has another type, shape or length than said here.
@@ -35,20 +36,22 @@ class Dataset:
     train: Columns
     test: Columns
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         if set(self.train) != set(self.test):
             raise DataError(f"{self.name}: train has columns {sorted(self.train)}, test has {sorted(self.test)}")
         for split in ("train", "test"):
             columns = getattr(self, split)
-            _check(f"{self.name} ({split})", columns, len(self.classes))
+            _check(f"{self.name} ({split})", columns, len(self.classes), self.vocabulary)
             object.__setattr__(self, split, {name: _read_only(column) for name, column in columns.items()})
         if self.train["x"].shape[1:] != self.test["x"].shape[1:] or self.train["x"].dtype != self.test["x"].dtype:
             described = " and ".join(f"{s['x'].dtype} {s['x'].shape[1:]}" for s in (self.train, self.test))
             raise DataError(f"{self.name}: examples of train and test differ: {described}")
-        if len(self.mean) != len(self.std) or len(self.mean) not in (1, self.train["x"].shape[1]):
+        wanted = (0,) if self.vocabulary else (1, self.train["x"].shape[1])
+        if len(self.mean) != len(self.std) or len(self.mean) not in wanted:
             raise DataError(f"{self.name}: {len(self.mean)} means and {len(self.std)} stds for x {self.input_shape}")
 
     @property
@@ -58,18 +61,24 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one example: (C, H, W) of an image, (D,) of a feature vector."""
+        """The shape of one example: (C, H, W) of an image, (D,) of a feature vector, (L,) of a sequence of tokens."""
         return self.train["x"].shape[1:]
 
 
-def _check(where: str, columns: Columns, num_classes: int) -> None:
+def _check(where: str, columns: Columns, num_classes: int, vocabulary: int) -> None:
     for name in ("x", "y"):
         if name not in columns:
             raise DataError(f"{where} has no column {name!r}; it has {sorted(columns)}")
     x, y = columns["x"], columns["y"]
     if len(x) == 0:
         raise DataError(f"{where} has no examples")
-    if not ((x.dtype == np.uint8 and x.ndim == 4) or (x.dtype == np.float32 and x.ndim >= 2)):
+    if vocabulary:
+        if x.dtype.kind not in "iu" or x.ndim != 2:
+            raise DataError(f"{where}: x is {x.dtype} {x.shape}; tokens must be whole numbers N×L")
+        if x.min() < 0 or x.max() >= vocabulary:
+            wrong = int(x.min()) if x.min() < 0 else int(x.max())
+            raise DataError(f"{where}: there is a token {wrong}; tokens must be 0..{vocabulary - 1}")
+    elif not ((x.dtype == np.uint8 and x.ndim == 4) or (x.dtype == np.float32 and x.ndim >= 2)):
         raise DataError(f"{where}: x is {x.dtype} {x.shape}; it must be uint8 N×C×H×W or float32 N×...")
     if y.dtype != np.int64 or y.ndim != 1:
         raise DataError(f"{where}: y is {y.dtype} {y.shape}; it must be int64 N")

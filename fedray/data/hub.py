@@ -82,7 +82,7 @@ def hub(
     for option, value in (("image_size", image_size), ("sample_rate", sample_rate), ("seconds", seconds)):
         if value is not None and not value > 0:
             raise ValueError(f"{option} is {value}; it must be > 0")
-    with _load(path, subset) as splits:
+    with load(path, subset) as splits:
         if test_split is None and "test" in splits and train_split != "test":
             test_split = "test"
         wanted = {"train": train_split} if test_split is None else {"train": train_split, "test": test_split}
@@ -106,7 +106,7 @@ def hub(
 
 
 @contextmanager
-def _load(path: str, subset: str | None) -> Iterator[Mapping[str, Any]]:
+def load(path: str, subset: str | None = None) -> Iterator[Mapping[str, Any]]:
     """The splits by name. Local files are prepared in a temporary folder (their arrays are copied out of it), so that
     nothing is left behind and no outdated copy is found; what comes from the hub is kept in the hub's own cache."""
     datasets = import_extra("datasets", "hub", f"{path}: reading hub-style data")
@@ -230,13 +230,18 @@ def _inputs(
     return decode_audio(splits, path, sample_rate, seconds)
 
 
-def _column(table: Any, name: str, path: str) -> np.ndarray:
-    """A column of whole numbers or texts as a numpy array."""
+def values(table: Any, name: str, path: str) -> list[Any]:
+    """A column as a list; none of its values may be missing."""
     column = table.select_columns([name]).with_format("arrow")[:][name]
     if column.null_count:
         raise DataError(f"{path}: column {name!r} has {column.null_count} missing values (null)")
-    values = column.to_pylist()
-    return np.array(values) if values else np.zeros(0, np.int64)
+    return column.to_pylist()
+
+
+def _column(table: Any, name: str, path: str) -> np.ndarray:
+    """A column of whole numbers or texts as a numpy array."""
+    cells = values(table, name, path)
+    return np.array(cells) if cells else np.zeros(0, np.int64)
 
 
 def _further(tables: Mapping[str, Any], wanted: list[str] | None, taken: set[str], path: str) -> dict[str, Columns]:

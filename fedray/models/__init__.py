@@ -14,11 +14,24 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from fedray.models.causal_lm import causal_lm
 from fedray.models.classifier import Classifier
 from fedray.models.nets import cnn, convnet, lenet, mlp, softmax
 from fedray.models.resnet import resnet18, resnet20
+from fedray.models.transformer import transformer
 
-__all__ = ["MODELS", "Classifier", "cnn", "convnet", "lenet", "mlp", "resnet18", "resnet20", "softmax"]
+__all__ = [
+    "LANGUAGE_MODELS",
+    "MODELS",
+    "Classifier",
+    "cnn",
+    "convnet",
+    "lenet",
+    "mlp",
+    "resnet18",
+    "resnet20",
+    "softmax",
+]
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "softmax": softmax,
@@ -28,4 +41,9 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "convnet": convnet,
     "resnet18": resnet18,
     "resnet20": resnet20,
+}
+
+LANGUAGE_MODELS: Mapping[str, Callable[..., nn.Module]] = {  # of a vocabulary and a length; see `transformer`
+    "transformer": transformer,
+    "causal_lm": causal_lm,
 }

@@ -1,6 +1,5 @@
 """Classification of images, or of any tensors, by cross-entropy."""
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,10 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fedray.algorithm import EVERYONE, Metrics
+from fedray.algorithm import Metrics
 from fedray.data import Dataset, Partition
 from fedray.learner import Columns, Task
 from fedray.seeds import seed_for
+from fedray.tasks import holdings
 
 Partitioner = Callable[[Dataset, int], Partition]
 ModelBuilder = Callable[[tuple[int, ...], int], torch.nn.Module]
@@ -46,30 +46,19 @@ class Classification:
 
     def holdings(self) -> dict[str, np.ndarray]:
         """The partition (``indices``, ``offsets``, ``names``), ``label_counts`` (clients × ``classes``), checksums."""
-        columns = [split[name] for split in (self.data.train, self.data.test) for name in sorted(split)]
-        return {
-            "indices": self.partition.indices,
-            "offsets": self.partition.offsets,
-            "names": np.array(self.partition.names, np.str_),
-            "classes": np.array(self.data.classes, np.str_),
-            "label_counts": self.partition.label_counts(self.data.train["y"], self.data.num_classes),
-            "data_crc32": np.array([zlib.crc32(column.data) for column in columns]),
-        }
+        return holdings.record(self.data, self.partition)
 
     def model(self) -> torch.nn.Module:
         """A new model; its parameters are drawn from the run's seed."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_for(self.seed, "model"))
-            return self.build_model(self.data.input_shape, self.data.num_classes)
+        return holdings.initial_model(lambda: self.build_model(self.data.input_shape, self.data.num_classes), self.seed)
 
     def examples(self, client: int) -> Columns:
         """``x`` as stored and ``y`` (int64) of one client, or of all clients."""
-        held = self.partition.indices if client == EVERYONE else self.partition.client(client)
-        return {name: torch.from_numpy(self.data.train[name][held]) for name in ("x", "y")}
+        return holdings.train_rows(self.data, self.partition, client)
 
     def test_examples(self, start: int, stop: int) -> Columns:
         """A slice of the test set."""
-        return {name: torch.from_numpy(np.array(self.data.test[name][start:stop])) for name in ("x", "y")}
+        return holdings.test_rows(self.data, start, stop)
 
     def prepare(self, examples: Columns, generator: torch.Generator | None) -> Columns:
         """Normalise ``x`` (uint8 is read as 0..255) to mean 0 and deviation 1 a channel, and augment for training."""
@@ -130,6 +119,8 @@ def classification(
         augment: Random shifts by up to an eighth of the size, and horizontal flips, of training images.
         batch_norm: Whether a model with BatchNorm is refused, or its running statistics averaged.
     """
+    if data.vocabulary:
+        raise ValueError(f"data is {data.name}, which is text; continue it with task.name=language_modeling")
     if augment == "crop_flip" and len(data.input_shape) != 3:
         raise ValueError(f"augment is crop_flip; {data.name} has examples of shape {data.input_shape}, not images")
     parts = partition(data, seed_for(seed, "partition"))

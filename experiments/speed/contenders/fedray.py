@@ -8,22 +8,29 @@ import sys
 import tempfile
 from pathlib import Path
 
-from work import BATCH, LR, given, write
+from work import BATCH, LENGTH, LR, given, write
 
 from fedray import run
 
 work = given()
+tasks = {
+    "images": {
+        "name": "classification",
+        "data": {"name": "fashion_mnist", "path": os.environ["SPEED_SOURCE"]},
+        "model": {"name": "components.model", "kind": work.model, "size": work.size},
+    },
+    "text": {
+        "name": "language_modeling",
+        "data": {"name": "sotu", "length": LENGTH},
+        "model": {"name": "components.language_model", "size": work.size},
+    },
+}
 values = {
     "rounds": work.rounds,
     "cohort": work.cohort,
     "evaluate_every": work.evaluate_every,
     "checkpoint_every": 0,
-    "task": {
-        "name": "classification",
-        "data": {"name": "fashion_mnist", "path": os.environ["SPEED_SOURCE"]},
-        "partition": {"name": "components.partition", "num_clients": work.population},
-        "model": {"name": "components.model", "kind": work.model, "size": work.size},
-    },
+    "task": tasks[work.data] | {"partition": {"name": "components.partition", "num_clients": work.population}},
     "sampler": {"name": "components.sampler"},
     "algorithm": {"name": "fedavg", "local_lr": LR, "local_steps": work.steps, "batch_size": BATCH, "shuffle": False}
     if work.steps

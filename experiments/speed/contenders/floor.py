@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
-from work import BATCH, HOLDERS, LR, Clock, Work, given, load
+from work import BATCH, HOLDERS, LR, Clock, Work, given, load, loss, trained
 
 Share = Callable[[Sequence[int]], None]
 Examples = tuple[torch.Tensor, torch.Tensor]
@@ -24,8 +23,9 @@ Examples = tuple[torch.Tensor, torch.Tensor]
 def main() -> None:
     processes, *flags = sys.argv[1:]
     work = given()
-    clock, model, examples = Clock(work), work.build(), load()
-    shared = nn.utils.parameters_to_vector(model.parameters()).detach().clone().share_memory_()
+    clock, model, examples = Clock(work), work.build(), load(work)
+    params = trained(model).values()
+    shared = nn.utils.parameters_to_vector(params).detach().clone().share_memory_()
     sums = [torch.zeros_like(shared).share_memory_() for _ in range(int(processes))]
     if len(sums) == 1:
         train = trainer(work, examples, shared, sums[0], flags)
@@ -36,7 +36,7 @@ def main() -> None:
         train(cohort)
         torch.div(sum(sums[1:], start=sums[0]), len(cohort), out=shared)
         round = clock.stop()
-        nn.utils.vector_to_parameters(shared, model.parameters())
+        nn.utils.vector_to_parameters(shared, params)
         clock.test(round, model)
     clock.write()
 
@@ -46,22 +46,22 @@ def trainer(work: Work, examples: Examples, shared: torch.Tensor, total: torch.T
     model = work.build()
     if "channels_last" in flags:
         model = model.to(memory_format=torch.channels_last)
-    params, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
+    names, params = list(trained(model)), list(trained(model).values())
     start, sums, (x, y) = views(shared, params), views(total, params), examples
 
     def step(params: list[torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-        gradients = torch.autograd.grad(F.cross_entropy(model(inputs), labels), params)
+        gradients = torch.autograd.grad(loss(model(inputs), labels), params)
         with torch.no_grad():
             torch._foreach_add_(params, gradients, alpha=-LR)
         return params
 
-    def loss(params: list[torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(functional_call(model, dict(zip(names, params, strict=True)), (inputs,)), labels)
+    def loss_of(params: list[torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss(functional_call(model, dict(zip(names, params, strict=True)), (inputs,)), labels)
 
     @torch.compile(fullgraph=True, dynamic=False)
     def compiled_step(params: list[torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
         return [
-            param - LR * gradient for param, gradient in zip(params, grad(loss)(params, inputs, labels), strict=True)
+            param - LR * gradient for param, gradient in zip(params, grad(loss_of)(params, inputs, labels), strict=True)
         ]
 
     def share(clients: Sequence[int]) -> None:
@@ -69,15 +69,15 @@ def trainer(work: Work, examples: Examples, shared: torch.Tensor, total: torch.T
         for client in clients:
             inputs, labels = x[client % HOLDERS], y[client % HOLDERS]
             if "compile" in flags:
-                trained, one_step = start, torch.no_grad()(compiled_step)
+                ended, one_step = start, torch.no_grad()(compiled_step)
             else:
-                trained, one_step = params, step
+                ended, one_step = params, step
                 with torch.no_grad():
                     torch._foreach_copy_(params, start)
             for k in range(0, work.steps * BATCH, BATCH):
-                trained = one_step(trained, inputs[k : k + BATCH], labels[k : k + BATCH])
+                ended = one_step(ended, inputs[k : k + BATCH], labels[k : k + BATCH])
             with torch.no_grad():
-                torch._foreach_add_(sums, trained)
+                torch._foreach_add_(sums, ended)
 
     return share
 

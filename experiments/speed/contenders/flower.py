@@ -8,13 +8,12 @@ import time
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from work import BATCH, EXAMPLES, HOLDERS, LR, Clock, given, load
+from work import BATCH, EXAMPLES, HOLDERS, LR, Clock, given, load, loss, trained
 
 client_app, server_app = ClientApp(), ServerApp()
 
@@ -22,20 +21,20 @@ client_app, server_app = ClientApp(), ServerApp()
 @cache
 def resident():
     """What an actor keeps."""
-    return given(), given().build(), load()
+    return given(), given().build(), load(given())
 
 
 @client_app.train()
 def train(message: Message, _context: Context) -> Message:
     work, model, (x, y) = resident()
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict(), strict=False)  # all but what is frozen
     holder = message.content["config"]["client"] % HOLDERS
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(trained(model).values(), lr=LR)
     for k in range(0, work.steps * BATCH, BATCH):
         optimizer.zero_grad()
-        F.cross_entropy(model(x[holder, k : k + BATCH]), y[holder, k : k + BATCH]).backward()
+        loss(model(x[holder, k : k + BATCH]), y[holder, k : k + BATCH]).backward()
         optimizer.step()
-    content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": EXAMPLES})}
+    content = {"arrays": ArrayRecord(trained(model)), "metrics": MetricRecord({"num-examples": EXAMPLES})}
     return Message(content=RecordDict(content), reply_to=message)
 
 
@@ -81,10 +80,11 @@ def serve(grid: Grid, _context: Context) -> None:
 
     def test(round: int, arrays: ArrayRecord) -> None:
         if work.evaluates(round):
-            model.load_state_dict(arrays.to_torch_state_dict())
+            model.load_state_dict(arrays.to_torch_state_dict(), strict=False)
             clock.test(round, model)
 
-    strategy.start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=work.rounds, evaluate_fn=test)
+    initial = ArrayRecord(trained(model))
+    strategy.start(grid=grid, initial_arrays=initial, num_rounds=work.rounds, evaluate_fn=test)
     clock.write()
 
 

@@ -5,7 +5,6 @@ python -m contenders.pfl
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
@@ -17,7 +16,7 @@ from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.internal.ops import pytorch_ops
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
-from work import BATCH, HOLDERS, LR, Clock, given, load
+from work import BATCH, HOLDERS, LR, Clock, given, load, loss
 
 
 class Rounds(TrainingProcessCallback):
@@ -39,9 +38,9 @@ class Rounds(TrainingProcessCallback):
 
 def main() -> None:
     work = given()
-    clock, module, (x, y) = Clock(work), work.build(), load()
+    clock, module, (x, y) = Clock(work), work.build(), load(work)
     np.random.seed(0)
-    module.loss = lambda inputs, labels: F.cross_entropy(module(inputs), labels)
+    module.loss = lambda inputs, labels: loss(module(inputs), labels)
     module.metrics = lambda *_: {}
     model = PyTorchModel(
         model=module,
