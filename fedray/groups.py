@@ -118,7 +118,7 @@ def _is_stackable(task: "Task", model: torch.nn.Module) -> bool:
         gradients = torch.autograd.grad(loss.sum(), list(trained.values()), materialize_grads=True)
         alone.append([loss.detach(), *gradients])
     try:
-        together = StackedModel(model.train()).run(params, lambda model: losses(model, batch))
+        together = StackedModel(model.train()).run(params, losses, batch)
         gradients = torch.autograd.grad(together.sum(), list(params.values()), materialize_grads=True)
     except (RuntimeError, ValueError):
         return False
@@ -181,7 +181,7 @@ def train(
     assert losses is not None  # or the task would not be grouped
     lengths, batches = _batches(learner, group, local)
     for batch, weight, sizes in batches:
-        each = model.run(params, lambda module: losses(module, batch), lr)
+        each = model.run(params, losses, batch, lr)
         own = (each.view(count, -1) * weight).sum(1)
         found = torch.autograd.grad(own.sum(), list(params.values()), allow_unused=True)
         of = dict(zip(names, found, strict=True))

@@ -42,13 +42,18 @@ class StackedModel:
                     self.in_place.add(f"{path}.weight" if path else "weight")
 
     def run(
-        self, params: Mapping[str, torch.Tensor], fn: Callable[[nn.Module], torch.Tensor], lr: float | None = None
+        self,
+        params: Mapping[str, torch.Tensor],
+        fn: Callable[[nn.Module, Any], torch.Tensor],
+        batch: Any,
+        lr: float | None = None,
     ) -> torch.Tensor:
-        """``fn`` of the model with ``params``, each of shape (clients, ...).
+        """``fn(model, batch)`` with ``params``, each of shape (clients, ...).
 
         Args:
             params: Every trained parameter by name.
-            fn: What to compute, for a batch of shape (clients·n, ...).
+            fn: What to compute.
+            batch: Of what; its tensors have the shape (clients·n, ...).
             lr: If given, the backward pass subtracts lr times its gradient from every parameter in ``in_place``, as
                 soon as it is known, and has no gradient for it.
         """
@@ -56,7 +61,7 @@ class StackedModel:
         for name, (own, short) in self._slots.items():
             own[short] = params[name]
         try:
-            return fn(self.model)
+            return fn(self.model, batch)
         finally:
             for own, _ in self._slots.values():
                 own.clear()

@@ -5,12 +5,10 @@ stands behind. V is at least ``vocabulary``.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedray.models.classifier import positive
 
@@ -96,9 +94,5 @@ class _CausalAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         count, length, width = x.shape
         q, k, v = self.qkv(x).view(count, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        # the CPU's flash kernel cannot be vmapped: a group's clients would take turns in it. Sequences are short here,
-        # and matrix products are as fast
-        kernel = sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext()
-        with kernel:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(attended.transpose(1, 2).reshape(count, length, width))

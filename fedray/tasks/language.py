@@ -31,7 +31,7 @@ class LanguageModeling:
     build_model: LanguageModelBuilder
     seed: int
     average_buffers: bool = False
-    weighted_loss: bool = True
+    augments: bool = False
 
     @property
     def sizes(self) -> np.ndarray:
@@ -70,8 +70,7 @@ class LanguageModeling:
 
     def loss(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
         """Mean cross-entropy of the next token."""
-        losses = self.losses(model, batch)
-        return losses @ batch["weight"] if "weight" in batch else losses.mean()
+        return self.losses(model, batch).mean()
 
     def losses(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
         """Mean cross-entropy of the next token in each sequence."""
