@@ -28,8 +28,7 @@ class Aggregator:
         accumulate: ``(accumulator, client, result)`` to the next accumulator.
         merge: Two accumulators to one.
         report: The accumulator of the whole cohort to the aggregate.
-        accumulate_group: ``accumulate`` for a group's clients and their stacked result at once, with the same bits;
-            it writes nothing if it raises. None for one by one.
+        together: ``accumulate`` for a group's clients at once; None for one by one.
         grows: Whether merging makes an accumulator larger, so that nothing is gained by merging on the way.
     """
 
@@ -37,8 +36,27 @@ class Aggregator:
     accumulate: Callable[[Any, Client, ClientResult], Any]
     merge: Callable[[Any, Any], Any]
     report: Callable[[Any], Any]
-    accumulate_group: Callable[[Any, Sequence[Client], ClientResult], Any] | None = None
+    together: "Together | None" = None
     grows: bool = False
+
+    @property
+    def accumulate_group(self) -> "Callable[[Any, Sequence[Client], ClientResult], Any] | None":
+        """The function in ``together``, unless ``accumulate`` was replaced by another than it stands for."""
+        return self.together.group if self.together and self.together.one is self.accumulate else None
+
+
+@dataclass(frozen=True)
+class Together:
+    """A way to accumulate many clients at once.
+
+    Attributes:
+        one: The ``accumulate`` that it stands for.
+        group: ``(accumulator, clients, stacked result)`` to what ``one`` comes to, client by client, to the bit;
+            it writes nothing if it raises.
+    """
+
+    one: Callable[[Any, Client, ClientResult], Any]
+    group: Callable[[Any, Sequence[Client], ClientResult], Any]
 
 
 def total() -> Aggregator:
@@ -68,7 +86,8 @@ def _exact_sum(report: Callable[[Any], Any]) -> Aggregator:
     def merge(left: Any, right: Any) -> Any:
         return exact.merge(left[0], right[0]), left[1] + right[1]
 
-    return Aggregator(lambda: (None, Fraction(0)), accumulate, merge, report, accumulate_group)
+    together = Together(accumulate, accumulate_group)
+    return Aggregator(lambda: (None, Fraction(0)), accumulate, merge, report, together)
 
 
 def collect(report: Callable[[list[Any]], Any] = list) -> Aggregator:

@@ -15,6 +15,7 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "partitions": ("fedray.data:PARTITIONS", "fedray.tasks.classification:Partitioner"),
     "models": ("fedray.models:MODELS", "fedray.tasks.classification:ModelBuilder"),
     "language_models": ("fedray.models:LANGUAGE_MODELS", "fedray.tasks.language:LanguageModelBuilder"),
+    "methods": ("fedray.peft:METHODS", "fedray.peft:Method"),
     "samplers": ("fedray.samplers:SAMPLERS", "fedray.rounds:Sampler"),
     "backends": ("fedray.backends:BACKENDS", "fedray.backends:Launcher"),
     "trackers": ("fedray.trackers:TRACKERS", "fedray.trackers:TrackerFactory"),

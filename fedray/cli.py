@@ -67,6 +67,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     report.add_argument("--target", type=float, action="append", help="accuracy for rounds-to-target; may be repeated")
     report.set_defaults(command=_report)
 
+    export = commands.add_parser("export", help="save a run's LoRA or IA3 in peft's own format")
+    export.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if it is not there")
+    export.set_defaults(command=_export)
+
     listing = commands.add_parser("list", help="what can be named in a configuration")
     listing.add_argument("kind", nargs="?", help="algorithms, datasets, partitions, models, aggregators ...")
     listing.set_defaults(command=_list)
@@ -113,6 +118,12 @@ def _report(options: argparse.Namespace) -> None:
         print(f"report: {write_report(options.runs, out, options.target)}")
     except OSError as error:
         raise DataError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _export(options: argparse.Namespace) -> None:
+    from fedray.export import export
+
+    print(f"saved: {export(options.run, options.folder)}")
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -11,12 +11,16 @@ is used. Two conventions do the rest:
 An override replaces all that the file has under its key, so ``algorithm=fedprox`` starts from FedProx's defaults.
 ``algorithm.name=fedprox`` is gentler: the file's options stay, but for those that FedProx does not have in the same
 type. Wider overrides are applied before narrower ones, whatever their order.
+
+A top-level key that is no option, but to which another value refers (``${method}``), is a variable: it stands for its
+value where it is referred to, and is no part of the configuration.
 """
 
 import difflib
 import importlib
 import inspect
 import math
+import re
 import sys
 import traceback
 import types
@@ -50,11 +54,20 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].removesuffix(".name").count(".")):
         with _explained(f"the override {text!r} cannot be read"):
             _override(config, text)
+    variables = _variables(config)
     try:
-        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         key = error.full_key
         raise ConfigError(f"{key} cannot be resolved: {_one_line(error)}; give {key}=...") from None
+    return {key: value for key, value in resolved.items() if key not in variables}
+
+
+def _variables(config: DictConfig) -> set[str]:
+    """The top-level keys that are no options and that other values refer to."""
+    text = str(OmegaConf.to_container(config, resolve=False))
+    own = set(config) - set(options_of(catalogue.top_level()))
+    return {str(key) for key in own if re.search(rf"\$\{{{re.escape(str(key))}[.\[}}]", text)}
 
 
 def _override(config: DictConfig, text: str) -> None:

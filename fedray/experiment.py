@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fedray import backends, config, groups
 from fedray.algorithm import FederatedAlgorithm
 from fedray.backends import Launcher
-from fedray.errors import ConfigError
+from fedray.errors import ConfigError, DataError
 from fedray.learner import Learner, Task
 from fedray.rounds import Sampler, draw
 from fedray.samplers import Population, uniform
@@ -111,7 +111,7 @@ def plan(values: Mapping[str, Any]) -> Plan:
     arguments = config.check(experiment, values, "", "the configuration")
     try:
         return experiment(**arguments)
-    except ConfigError:
+    except (ConfigError, DataError):
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -167,28 +167,34 @@ def train(
 
     Members make as many steps as they would alone; one that is done waits for the others.
     """
-    names, count = list(learner.shapes), len(group.members)
-    whole = [start[name].to(learner.device).expand(count, *shape) for name, shape in learner.shapes.items()]
-    params = {name: p.clone().requires_grad_() for name, p in zip(names, whole, strict=True)}
-    model = learner.stacked()
-    # the backward pass makes the steps that are nothing but lr times the gradient; the stepper makes the others
-    lr = local.lr(group.round) if local.is_plain_sgd and correction is None and not proximal else None
-    stepped = [name for name in names if lr is None or name not in model.in_place]
-    step = stepper([params[n] for n in stepped], stepped, start, local, group.round, correction, proximal, stacked=True)
+    count = len(group.members)
+    params = {
+        name: start[name].to(learner.device).expand(count, *shape).clone().requires_grad_()
+        for name, shape in learner.shapes.items()
+    }
+    model, leaves = learner.stacked(), list(params.values())
+    # a step that is nothing but lr times the gradient is made by the backward pass, as far as it can
+    plain = local.is_plain_sgd and correction is None and not proximal
+    lr = local.lr(group.round)
+    step = stepper(leaves, params, start, local, group.round, correction, proximal, stacked=True)
     num_steps, num_seen = np.zeros(count, int), np.zeros(count, int)
     total_loss = torch.zeros(count, device=learner.device)
     losses = learner.task.losses
     assert losses is not None  # or the task would not be grouped
     lengths, batches = _batches(learner, group, local)
     for batch, weight, sizes in batches:
-        each = model.run(params, losses, batch, lr)
+        each = model.run(params, losses, batch, lr if plain else None)
         own = (each.view(count, -1) * weight).sum(1)
-        found = torch.autograd.grad(own.sum(), list(params.values()), allow_unused=True)
-        of = dict(zip(names, found, strict=True))
-        gradients = [torch.zeros_like(params[n]) if of[n] is None else of[n] for n in stepped]
+        gradients = torch.autograd.grad(own.sum(), leaves, allow_unused=True)
         held = torch.from_numpy(sizes).to(learner.device, torch.float32)
         with torch.no_grad():
-            step(gradients, None if (sizes > 0).all() else held.sign())
+            if plain:  # who is done has no gradient
+                left = [(p, g) for p, g in zip(leaves, gradients, strict=True) if g is not None]
+                if left:
+                    torch._foreach_add_(*map(list, zip(*left, strict=True)), alpha=-lr)
+            else:
+                whole = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True)]
+                step(whole, None if (sizes > 0).all() else held.sign())
             total_loss += own.detach() * held
         num_steps += sizes > 0
         num_seen += sizes

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedray.aggregators import Aggregator
+from fedray.aggregators import Aggregator, Together
 from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Metrics
 from fedray.client_states import ClientStates
 from fedray.groups import member
@@ -136,5 +136,5 @@ def _weighing(aggregator: Aggregator) -> Aggregator:
         accumulate=accumulate,
         merge=lambda a, b: (aggregator.merge(a[0], b[0]), a[1] + b[1]),
         report=lambda acc: (aggregator.report(acc[0]), acc[1]),
-        accumulate_group=accumulate_group if aggregator.accumulate_group else None,
+        together=Together(accumulate, accumulate_group) if aggregator.accumulate_group else None,
     )

@@ -20,6 +20,7 @@ class LocalTraining:
         local_steps: Steps each round, instead of epochs; None for epochs.
         local_optimizer: Optimizer of the clients; its state is new each round.
         local_momentum: Heavy-ball momentum of SGD.
+        local_nesterov: Nesterov's form of the momentum, as PyTorch has it.
         weight_decay: L2 term of SGD and Adam, decoupled for AdamW.
         max_grad_norm: Clip each step's gradient to this Euclidean norm; None for no clipping.
         local_lr_decay: The learning rate is multiplied by this after every round.
@@ -32,6 +33,7 @@ class LocalTraining:
     local_steps: int | None = None
     local_optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     local_momentum: float = 0.0
+    local_nesterov: bool = False
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     local_lr_decay: float = 1.0
@@ -46,6 +48,8 @@ class LocalTraining:
             raise ValueError(f"local_momentum is {self.local_momentum}; it must be at least 0 and below 1")
         if self.local_momentum and self.local_optimizer != "sgd":
             raise ValueError(f"local_momentum is {self.local_momentum}; {self.local_optimizer} has no such option")
+        if self.local_nesterov and not self.local_momentum:
+            raise ValueError("local_nesterov is true; it needs local_momentum above 0")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay is {self.weight_decay}; it must be >= 0")
 
@@ -159,7 +163,8 @@ def stepper(
                 torch._foreach_add_(velocity, gradients)
             else:
                 velocity.extend(torch._foreach_mul(gradients, 1.0))
-            gradients = velocity
+            ahead = local.local_nesterov
+            gradients = torch._foreach_add(gradients, velocity, alpha=local.local_momentum) if ahead else velocity
         if active is None:
             torch._foreach_add_(params, gradients, alpha=-lr)
             return

@@ -27,7 +27,10 @@ from fedray.learner import Task
 from fedray.progress import progress
 from fedray.report import RunRecord, read_run, write_report
 
-PACKAGES = ("fedray", "ray", "torch", "numpy", "omegaconf", "safetensors", "scikit-learn", "datasets")
+PACKAGES = (
+    *("fedray", "ray", "torch", "numpy", "omegaconf", "safetensors", "scikit-learn"),
+    *("datasets", "transformers", "peft"),
+)
 
 
 @dataclass(frozen=True)

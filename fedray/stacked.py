@@ -7,7 +7,9 @@ client's own weights. On a processor this is several times faster than a functio
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,28 +20,44 @@ from torch import nn
 Own = dict[str, torch.Tensor]  # a layer's trained params by their names in the layer, each (clients, ...)
 
 
+@dataclass
+class Pass:
+    """What the layers know of the forward pass in progress: the step to make in its backward pass, and for what.
+
+    Attributes:
+        lr: Learning rate of the step; None for no step.
+        uses: How often each weight has been multiplied by, by the weight's `id`.
+    """
+
+    lr: float | None = None
+    uses: Counter[int] = field(default_factory=Counter)
+
+
 class StackedModel:
     """A copy of a model whose layers compute with stacked params; what is frozen is shared with the model.
 
     Args:
-        model: Its layers with trained params must all be in `LAYERS`; `unknown_layer` tells.
+        model: Its layers with trained params must all be in `LAYERS`.
+
+    Raises:
+        ValueError: they are not; the message names the first that is not.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        unknown = unknown_layer(model)
+        if unknown is not None:
+            raise ValueError(f"{unknown} has params that cannot be stacked")
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen})
-        self.in_place = set[str]()  # params that `run` can make the step of, by name
         self._slots: dict[str, tuple[Own, str]] = {}
-        self._lr: list[float | None] = [None]
+        self._pass = Pass()
         for path, layer in self.model.named_modules():
             own: Own = {}
             for name, p in layer.named_parameters(recurse=False):
                 if p.requires_grad:
                     self._slots[f"{path}.{name}" if path else name] = own, name
             if any(slot is own for slot, _ in self._slots.values()):
-                layer.forward = partial(LAYERS[type(layer)], layer, own, self._lr)
-                if type(layer) is nn.Linear and layer.weight.requires_grad:
-                    self.in_place.add(f"{path}.weight" if path else "weight")
+                layer.forward = partial(LAYERS[type(layer)], layer, own, lambda: self._pass)
 
     def run(
         self,
@@ -54,10 +72,10 @@ class StackedModel:
             params: Every trained parameter by name.
             fn: What to compute.
             batch: Of what; its tensors have the shape (clients·n, ...).
-            lr: If given, the backward pass subtracts lr times its gradient from every parameter in ``in_place``, as
-                soon as it is known, and has no gradient for it.
+            lr: If given, the backward pass may subtract lr times its gradient from a parameter as soon as it is known,
+                and then has no gradient for it.
         """
-        self._lr[0] = lr
+        self._pass = Pass(lr)
         for name, (own, short) in self._slots.items():
             own[short] = params[name]
         try:
@@ -80,14 +98,15 @@ class _Product(torch.autograd.Function):
     """x W^T of every client, (clients, n, in) × (clients, out, in); with ``lr``, W's step is made in the backward pass.
 
     A weight gradient of a group is as large as the group's weights. Adding it to them as it is computed saves writing
-    and reading it again, which for small batches takes longer than the product. A weight that is used twice is an
-    error of PyTorch's then, never a wrong step: its second use meets a version that it has not saved.
+    and reading it again, which for small batches takes longer than the product. A weight that is used twice waits for
+    its whole gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, lr: float | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, of: Pass) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.lr = lr
+        ctx.of, ctx.key = of, id(weight)
+        of.uses[ctx.key] += 1
         return torch.bmm(x, weight.mT)
 
     @staticmethod
@@ -95,39 +114,39 @@ class _Product(torch.autograd.Function):
         (dy,) = outputs
         x, weight = ctx.saved_tensors
         dx = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None
-        if ctx.lr is None:
+        if ctx.of.lr is None or ctx.of.uses[ctx.key] > 1:
             return dx, torch.bmm(dy.mT, x), None  # in the weight's own layout, which makes the step cheaper
-        weight.baddbmm_(dy.mT, x, alpha=-ctx.lr)
+        weight.baddbmm_(dy.mT, x, alpha=-ctx.of.lr)
         return dx, None, None
 
 
-def _linear(layer: nn.Linear, own: Own, lr: list[float | None], x: torch.Tensor) -> torch.Tensor:
+def _linear(layer: nn.Linear, own: Own, of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
     if "weight" in own:
         weight = own["weight"]
-        y = _Product.apply(x.reshape(len(weight), -1, x.shape[-1]), weight, lr[0]).view(*x.shape[:-1], -1)
+        y = _Product.apply(x.reshape(len(weight), -1, x.shape[-1]), weight, of()).view(*x.shape[:-1], -1)
     else:
         y = F.linear(x, layer.weight)
     return _plus(y, own.get("bias"), layer.bias)
 
 
-def _layer_norm(layer: nn.LayerNorm, own: Own, _lr: list[float | None], x: torch.Tensor) -> torch.Tensor:
+def _layer_norm(layer: nn.LayerNorm, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
     y = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
     return _plus(_times(y, own.get("weight"), layer.weight), own.get("bias"), layer.bias)
 
 
-def _group_norm(layer: nn.GroupNorm, own: Own, _lr: list[float | None], x: torch.Tensor) -> torch.Tensor:
+def _group_norm(layer: nn.GroupNorm, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
     y = F.group_norm(x, layer.num_groups, None, None, layer.eps).movedim(1, -1)
     return _plus(_times(y, own.get("weight"), layer.weight), own.get("bias"), layer.bias).movedim(-1, 1)
 
 
-def _embedding(layer: nn.Embedding, own: Own, _lr: list[float | None], index: torch.Tensor) -> torch.Tensor:
+def _embedding(layer: nn.Embedding, own: Own, _of: Callable[[], Pass], index: torch.Tensor) -> torch.Tensor:
     weight = own["weight"]
     first = torch.arange(len(weight), device=index.device) * layer.num_embeddings
     rows = index.reshape(len(weight), -1) + first[:, None]
     return F.embedding(rows, weight.flatten(0, 1)).view(*index.shape, -1)
 
 
-def _conv2d(layer: nn.Conv2d, own: Own, _lr: list[float | None], x: torch.Tensor) -> torch.Tensor:
+def _conv2d(layer: nn.Conv2d, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
     if "weight" in own:
         weight = own["weight"]
         count = len(weight)

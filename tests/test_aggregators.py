@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import OPTIONS, SIZES, Exam, assert_same_bits, copy, initial, regression, train
+from problems import LOCAL, OPTIONS, SIZES, Exam, assert_same_bits, copy, initial, make, regression, train
 
 from fedray.aggregators import (
     AGGREGATORS,
@@ -293,3 +293,18 @@ def test_a_bounded_norm_limits_what_a_liar_can_do():
 def test_robust_rules_reach_every_algorithm_that_lets_one_choose():
     exam = Exam("scaffold", aggregator="median")
     assert train(exam.task(), exam.make(), exam.backend())
+
+
+def test_a_rule_made_of_another_is_asked_for_every_client_of_a_group():
+    asked = []
+    inner = mean()
+
+    def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
+        asked.append(client.id)
+        return inner.accumulate(acc, client, result)
+
+    assert inner.accumulate_group is not None
+    exam = Exam("fedavg", "blobs", group=3)
+    algorithm = make("fedavg", local=LOCAL, aggregator=replace(inner, accumulate=accumulate))
+    train(exam.task(), algorithm, exam.backend(), 1)
+    assert len(asked) == 7

@@ -78,7 +78,8 @@ ONLY_FROM = {
     "fedray.errors": (),
     "fedray.algorithm": ("fedray.trees",),
     "fedray.server_optimizers": ("fedray.trees",),
-    "fedray.models": ("fedray.models",),
+    "fedray.peft": ("fedray.peft", "fedray.errors"),
+    "fedray.models": ("fedray.models", "fedray.data.dataset", "fedray.errors", "fedray.peft"),
     "fedray.data": ("fedray.data", "fedray.errors"),
     "fedray.algorithms": (
         "fedray.algorithms",

@@ -113,6 +113,31 @@ def test_a_component_within_a_component_can_be_named_where_the_file_has_none():
     assert values["algorithm"]["aggregator"] == {"name": "median"}
 
 
+SWITCH = YAML.replace("name: fedprox, mu: 0.5", "name: '${method}'").replace("0.3", "'${lr.${method}}'")
+SWITCH += "method: fedprox\nlr: {fedprox: 0.2, fedavg: 0.4}\n"
+
+
+def test_a_variable_stands_for_its_value_and_is_no_part_of_the_configuration():
+    for method, lr in {"fedprox": 0.2, "fedavg": 0.4}.items():
+        values = read(f"method={method}", text=SWITCH)
+        assert (values["algorithm"]["name"], values["algorithm"]["local_lr"]) == (method, lr)
+        assert values.keys() == read().keys()
+        assert plan(values)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mehtod=fedavg", "the configuration has no option 'mehtod'"),
+        ("method=fedag", "Interpolation key 'lr.fedag' not found; give algorithm.local_lr="),
+        ("lr.fedprox=x", "algorithm.local_lr is 'x'; it must be a finite number"),
+    ],
+)
+def test_what_nothing_refers_to_is_no_variable(override, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(read(override, text=SWITCH))
+
+
 def test_interpolations_are_resolved_after_the_overrides():
     text = YAML.replace("rounds: 5", "rounds: ${seed}")
     assert read("seed=4", text=text)["rounds"] == 4

@@ -12,7 +12,7 @@ import pytest
 
 from fedray.data import DATASETS, Dataset
 from fedray.data.dataset import moments, split_by_class, tidy_inputs
-from fedray.data.datasets import digits, fashion_mnist, mnist, npz
+from fedray.data.datasets import digits, fashion_mnist, mnist, npz, subset
 from fedray.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -26,6 +26,38 @@ def assets(name: str) -> str:
 
 
 # --- the value
+
+
+def test_a_subset_is_a_fixed_part_with_the_wholes_normalisation():
+    whole = digits()
+    part = subset(whole, train=100, test=30)
+    assert (len(part.train["y"]), len(part.test["y"])) == (100, 30)
+    assert (part.mean, part.std, part.classes) == (whole.mean, whole.std, whole.classes)
+    for split in ("train", "test"):
+        rows = {x.tobytes(): y for x, y in zip(*(getattr(whole, split)[name] for name in "xy"), strict=True)}
+        assert all(rows[x.tobytes()] == y for x, y in zip(*(getattr(part, split)[name] for name in "xy"), strict=True))
+    assert np.array_equal(part.train["x"], subset(whole, train=100).train["x"])
+    assert not np.array_equal(part.train["x"], subset(whole, train=100, seed=1).train["x"])
+    assert np.array_equal(subset(whole).train["x"], whole.train["x"])
+
+
+def test_shots_are_so_many_of_each_class():
+    assert np.bincount(subset(digits(), per_class=3).train["y"]).tolist() == [3] * 10
+    assert len(subset(digits(), per_class=3).test["y"]) == len(digits().test["y"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": 0}, "train is 0; it must be between 1 and 14"),
+        ({"test": 400}, "test is 400; it must be between 1 and 3"),
+        ({"per_class": 200}, "per_class is 200; it must be between 1 and 139, the smallest class of digits"),
+        ({"per_class": 2, "train": 20}, "per_class is 2, and train is 20; give one of the two"),
+    ],
+)
+def test_a_part_cannot_be_larger_than_the_whole(options, message):
+    with pytest.raises(ValueError, match=message):
+        subset(digits(), **options)
 
 
 def test_digits_are_all_there_stratified_and_fixed():

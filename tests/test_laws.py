@@ -114,9 +114,10 @@ def test_a_second_run_on_the_same_backend_starts_from_nothing(exam: Exam):
         LOCAL,
         replace(LOCAL, local_steps=5),
         replace(LOCAL, max_grad_norm=0.5, weight_decay=0.1, local_momentum=0.9),
+        replace(LOCAL, local_momentum=0.5, local_nesterov=True),
         replace(LOCAL, local_optimizer="adam", local_lr=0.01, weight_decay=0.1),
     ],
-    ids=["plain", "steps", "clip", "adam"],
+    ids=["plain", "steps", "clip", "nesterov", "adam"],
 )
 def test_training_together_computes_what_training_alone_does_but_for_rounding(exam: Exam, local: LocalTraining):
     try:

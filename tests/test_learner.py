@@ -58,6 +58,10 @@ def in_order(task: Problem, client: int, size: int, epochs: int) -> list[Columns
 
 OPTIMIZERS: dict[str, tuple[dict[str, Any], Callable[[Any], torch.optim.Optimizer]]] = {
     "sgd": ({}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "nesterov": (
+        {"local_momentum": 0.9, "local_nesterov": True, "weight_decay": 0.1},
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    ),
     "momentum": ({"local_momentum": 0.9}, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
     "decay": ({"weight_decay": 0.2}, lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.2)),
     "both": (
@@ -336,6 +340,7 @@ def test_no_buffer_is_left_for_the_next_client():
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be > 0"),
         ({"local_lr_decay": 0.0}, "local_lr_decay is 0.0; it must be > 0"),
         ({"local_momentum": 1.0}, "local_momentum is 1.0; it must be at least 0 and below 1"),
+        ({"local_nesterov": True}, "local_nesterov is true; it needs local_momentum above 0"),
         ({"local_momentum": 0.5, "local_optimizer": "adam"}, "local_momentum is 0.5; adam has no such option"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be >= 0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; it must be >= 0"),

@@ -22,6 +22,8 @@ def fednova(*, local: LocalTraining, server_lr: float = 1.0) -> FederatedAlgorit
     """
     if local.local_optimizer != "sgd":
         raise ValueError(f"local_optimizer is {local.local_optimizer}; fednova is defined for sgd only")
+    if local.local_nesterov:
+        raise ValueError("local_nesterov is true; fednova is defined for plain and heavy-ball momentum only")
     if not server_lr > 0:
         raise ValueError(f"server_lr is {server_lr}; it must be > 0")
 

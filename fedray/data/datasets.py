@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,42 @@ def mnist(path: str = "/usr/share/datasets/mnist") -> Dataset:
     """
     hint = "put train-images-idx3-ubyte[.gz] and the other three there, or give task.data.path=FOLDER"
     return read_mnist_like("mnist", path, _DIGITS, hint)
+
+
+def subset(
+    of: Dataset, train: int | None = None, test: int | None = None, per_class: int | None = None, seed: int = 0
+) -> Dataset:
+    """A random part of another dataset, which keeps its normalisation; all clients' examples are drawn from the part.
+
+    Args:
+        of: The dataset that it is a part of.
+        train: Training examples; None for all.
+        test: Test examples; None for all.
+        per_class: Training examples of each class (K-shot), instead of ``train``.
+        seed: Seed of the choice; the same for every run unless you change it.
+    """
+    if train is not None and per_class is not None:
+        raise ValueError(f"per_class is {per_class}, and train is {train}; give one of the two")
+    rng = np.random.default_rng(seed)
+    chosen: dict[str, np.ndarray] = {}
+    for option, columns, count in (("train", of.train, train), ("test", of.test, test)):
+        order = rng.permutation(len(columns["y"]))
+        if count is not None and not 1 <= count <= len(order):
+            raise ValueError(f"{option} is {count}; it must be between 1 and {len(order)}, all that {of.name} has")
+        chosen[option] = np.sort(order[:count])
+        if option == "train" and per_class is not None:
+            chosen[option] = np.sort(_shots(columns["y"][order], order, per_class, of))
+    train_part, test_part = (
+        {name: column[chosen[split]] for name, column in getattr(of, split).items()} for split in ("train", "test")
+    )
+    return replace(of, train=train_part, test=test_part)
+
+
+def _shots(labels: np.ndarray, order: np.ndarray, count: int, of: Dataset) -> np.ndarray:
+    least = int(np.bincount(labels, minlength=of.num_classes).min())
+    if not 1 <= count <= least:
+        raise ValueError(f"per_class is {count}; it must be between 1 and {least}, the smallest class of {of.name}")
+    return np.concatenate([order[labels == label][:count] for label in range(of.num_classes)])
 
 
 def npz(

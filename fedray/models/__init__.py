@@ -1,9 +1,12 @@
-"""Reference classifiers by name: ``MODELS[name](input_shape, num_classes, **options)``.
+"""Classifiers by name: reference networks, ``MODELS[name](input_shape, num_classes, **options)``, and pre-trained ones.
 
 ``input_shape`` is the shape of one example, (channels, height, width) for the convolutional nets; inputs are float
 tensors that the task has normalised. Every model is a ``Classifier``: ``features(x)`` is the representation (N, d)
 and ``head`` maps it to logits. Parameters start at PyTorch's defaults, drawn from torch's global generator, which
 the caller seeds. A shape or an option that a model cannot have is a ValueError that begins with its name.
+
+The pre-trained ones take the dataset instead, ``MODELS[name](data, **options)``, of whose normalisation and class names
+they have to know.
 
 >>> model = MODELS["mlp"]((1, 28, 28), 10, hidden=[64])
 >>> sum(p.numel() for p in model.parameters())
@@ -16,7 +19,9 @@ from torch import nn
 
 from fedray.models.causal_lm import causal_lm
 from fedray.models.classifier import Classifier
+from fedray.models.clip import clip
 from fedray.models.nets import cnn, convnet, lenet, mlp, softmax
+from fedray.models.pretrained import pretrained
 from fedray.models.resnet import resnet18, resnet20
 from fedray.models.transformer import transformer
 
@@ -24,10 +29,12 @@ __all__ = [
     "LANGUAGE_MODELS",
     "MODELS",
     "Classifier",
+    "clip",
     "cnn",
     "convnet",
     "lenet",
     "mlp",
+    "pretrained",
     "resnet18",
     "resnet20",
     "softmax",
@@ -41,6 +48,8 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "convnet": convnet,
     "resnet18": resnet18,
     "resnet20": resnet20,
+    "pretrained": pretrained,
+    "clip": clip,
 }
 
 LANGUAGE_MODELS: Mapping[str, Callable[..., nn.Module]] = {  # of a vocabulary and a length; see `transformer`

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from fedray.algorithm import Metrics
 from fedray.data import Dataset, Partition
 from fedray.learner import Columns, Task
+from fedray.options import parameters
 from fedray.seeds import seed_for
 from fedray.tasks import holdings
 
 Partitioner = Callable[[Dataset, int], Partition]
-ModelBuilder = Callable[[tuple[int, ...], int], torch.nn.Module]
+ModelBuilder = Callable[[tuple[int, ...], int], torch.nn.Module]  # or of the Dataset alone, if its signature says so
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Classification:
 
     def model(self) -> torch.nn.Module:
         """A new model; its parameters are drawn from the run's seed."""
-        return holdings.initial_model(lambda: self.build_model(self.data.input_shape, self.data.num_classes), self.seed)
+        shape = (self.data.input_shape, self.data.num_classes)
+        of = (self.data,) if _takes_dataset(self.build_model) else shape
+        return holdings.initial_model(lambda: self.build_model(*of), self.seed)
 
     def examples(self, client: int) -> Columns:
         """``x`` as stored and ``y`` (int64) of one client, or of all clients."""
@@ -125,6 +128,11 @@ def classification(
         raise ValueError(f"augment is crop_flip; {data.name} has examples of shape {data.input_shape}, not images")
     parts = partition(data, seed_for(seed, "partition"))
     return Classification(data, parts, model, seed, augment, batch_norm == "average")
+
+
+def _takes_dataset(builder: ModelBuilder) -> bool:
+    function = getattr(builder, "function", builder)  # of one that was configured
+    return [parameter.annotation for parameter in parameters(function)[:1]] == [Dataset]
 
 
 def _crop_and_flip(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

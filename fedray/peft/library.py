@@ -1,0 +1,85 @@
+"""Methods that the library peft builds: LoRA and IA3. It is loaded when one of them is used."""
+
+from typing import Any
+
+from torch import nn
+
+from fedray.errors import ConfigError
+from fedray.peft.methods import linear_names
+from fedray.peft.parts import freeze, train_only
+
+ADAPTER_NAME = "default"  # as peft calls the adapter that it loads from a folder
+
+_ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",), ("qkv",))
+_IA3 = (
+    ("k_proj", "v_proj", "fc2"),
+    ("k_proj", "v_proj", "down_proj"),
+    ("c_attn", "mlp.c_proj"),
+)
+
+
+def lora(
+    trunk: nn.Module,
+    /,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: list[str] | None = None,
+    dropout: float = 0.0,
+    rank_stabilised: bool = False,
+) -> nn.Module:
+    """Low-rank updates of linear layers, W + s·B·A (LoRA, Hu et al., 2022).
+
+    A is random and B zero at the start; the names of what is sent hold ``.lora_A.`` and ``.lora_B.``.
+
+    Args:
+        rank: Rank r of an update.
+        alpha: The scale s is alpha/r; None for twice the rank, so that s is 2.
+        targets: The last part of the names of the layers; None for the attention's queries and values.
+        dropout: Applied to the input of A in training.
+        rank_stabilised: The scale is alpha/sqrt(r) (rsLoRA, Kalajdzievski, 2023).
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; it must be >= 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
+    freeze(trunk)
+    names = linear_names(trunk, targets, _ATTENTION)
+    peft = library()
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=names,
+        lora_dropout=dropout,
+        use_rslora=rank_stabilised,
+    )
+    return _injected(trunk, config, "lora_")
+
+
+def ia3(trunk: nn.Module, /, targets: list[str] | None = None, feedforward: list[str] | None = None) -> nn.Module:
+    """Learnt factors of keys, values and the MLP's inner activations (IA3, Liu et al., 2022).
+
+    Args:
+        targets: The last part of the names of the layers; None for keys, values and the MLP's last layer.
+        feedforward: Those of them whose input is scaled, instead of their output; None for the MLP's last layer.
+    """
+    freeze(trunk)
+    names = linear_names(trunk, targets, _IA3)
+    inner = tuple(feedforward) if feedforward is not None else ("fc2", "down_proj", "c_proj")
+    config = library().IA3Config(
+        target_modules=names, feedforward_modules=[name for name in names if name.endswith(inner)]
+    )
+    return _injected(trunk, config, "ia3_")
+
+
+def library() -> Any:
+    """The library peft, or a message that says how to install it."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("lora and ia3 need the package 'peft': pip install 'fedray[peft]'") from None
+    return peft
+
+
+def _injected(trunk: nn.Module, config: Any, mark: str) -> nn.Module:
+    made = library().inject_adapter_in_model(config, trunk, adapter_name=ADAPTER_NAME)
+    return train_only(made, lambda name: f".{mark}" in f".{name}", "layers to adapt")

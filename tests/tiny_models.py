@@ -1,0 +1,82 @@
+"""Hugging Face models of a few thousand parameters, drawn on the spot, and a configuration that runs on one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def vit(**options: Any) -> Any:
+    """A ViT for 8×8 images, with dropout and with biases that are not zero."""
+    from transformers import ViTConfig, ViTModel
+
+    settings = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    settings |= {"image_size": 8, "patch_size": 4, "hidden_dropout_prob": 0.2}
+    return drawn(ViTModel, ViTConfig(**(settings | options)))
+
+
+def dinov2(**options: Any) -> Any:
+    from transformers import Dinov2Config, Dinov2Model
+
+    settings = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
+    return drawn(Dinov2Model, Dinov2Config(**(settings | {"image_size": 8, "patch_size": 4} | options)))
+
+
+def clip() -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    both = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {**both, "vocab_size": len(_vocabulary()), "max_position_embeddings": 24, "eos_token_id": 1}
+    text |= {"bos_token_id": 0, "pad_token_id": 1}
+    vision = {**both, "image_size": 8, "patch_size": 4}
+    return drawn(CLIPModel, CLIPConfig(text_config=text, vision_config=vision, projection_dim=6))
+
+
+def drawn(kind: Any, config: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = kind(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+    return model.eval()
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    if type(model).__name__ == "CLIPModel":
+        _save_tokenizer(folder)
+    return folder
+
+
+def _vocabulary() -> list[str]:
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.-/"
+    return ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """A CLIP tokenizer without merges: every letter is a token."""
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(_vocabulary())}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 24, "pad_token": "<|endoftext|>", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def configuration(folder: Path, **model: Any) -> dict[str, Any]:
+    """Two rounds on the handwritten digits, which are 8×8."""
+    return {
+        "seed": 3,
+        "rounds": 2,
+        "cohort": 3,
+        "task": {
+            "name": "classification",
+            "data": {"name": "subset", "of": "digits", "train": 120, "test": 60},
+            "partition": {"name": "iid", "num_clients": 6},
+            "model": {"name": "pretrained", "path": str(folder), **model},
+        },
+        "algorithm": {"name": "fedavg", "local_lr": 0.05, "batch_size": 8},
+        "backend": {"name": "serial"},
+        "checkpoint_every": 0,
+    }
