@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from fedray.client_states import ClientStates
 from fedray.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def write(
     run: Path,
     round: int,
     state: Any,
-    clients: ClientStates,
+    clients: Mapping[int, tuple[int, Any]],
     fetch: Callable[[Any], Any],
     progress: dict[str, Any],
     keep: int,
@@ -56,7 +55,7 @@ def write(
         run: The run's folder.
         round: The last finished round.
         state: The server state; dataclasses, dicts, lists, tuples, tensors, numbers, text and None.
-        clients: What the clients keep, as handles.
+        clients: What the clients keep, as client id to (round, handle).
         fetch: A handle to the state itself.
         progress: Further JSON values.
         keep: How many checkpoints stay.
@@ -64,7 +63,7 @@ def write(
     files = {}
     (run / "client_states").mkdir(exist_ok=True)
     known = _known_hashes(run)
-    for client, (changed, handle) in sorted(clients.committed.items()):
+    for client, (changed, handle) in sorted(clients.items()):
         name = f"client_states/{client}-{changed}.safetensors"
         if name not in known or not (run / name).exists():
             known[name] = _write_tree(run / name, fetch(handle), typed=False)

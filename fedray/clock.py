@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+PHASES = ("broadcast", "load", "train", "accumulate", "merge", "evaluate", "idle")  # what a round's time goes to
+
 
 class Clock:
     """Adds up seconds by name; what is measured within a measurement counts for the inner one only.

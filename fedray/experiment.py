@@ -28,6 +28,7 @@ class Experiment:
     checkpoint_every: int
     keep_checkpoints: int
     group: int
+    profile: bool = False
 
     @property
     def population(self) -> Population:
@@ -57,6 +58,7 @@ def experiment(
     checkpoint_every: int = 5,
     keep_checkpoints: int = 2,
     group: int | Literal["auto"] = "auto",
+    profile: bool = False,
     trackers: list[TrackerFactory] | None = None,
 ) -> Plan:
     """The top level of a configuration.
@@ -73,6 +75,7 @@ def experiment(
         checkpoint_every: Rounds between checkpoints; 0 for only at the end.
         keep_checkpoints: How many of the newest checkpoints stay.
         group: Clients that train in one call, where the algorithm allows it; auto by a rule of the model's layers.
+        profile: Keep what the workers' time went to, round by round, and draw it in the report.
         trackers: Where metrics are sent besides the run folder.
     """
     counts = {"rounds": (rounds, 1), "cohort": (cohort, 1), "seed": (seed, 0), "evaluate_every": (evaluate_every, 0)}
@@ -84,12 +87,22 @@ def experiment(
     task = config.fill(task, seed)
     num_clients = len(task.sizes)
     algorithm = config.fill(algorithm, num_clients)
-    size = _group_size(group, task, cohort)
+    learner = Learner(task, "cpu")  # a model that cannot be built says so now,
+    size = _group_size(group, learner.task, cohort)
     made = Experiment(
-        task, algorithm, sampler, rounds, cohort, seed, evaluate_every, checkpoint_every, keep_checkpoints, size
+        task,
+        algorithm,
+        sampler,
+        rounds,
+        cohort,
+        seed,
+        evaluate_every,
+        checkpoint_every,
+        keep_checkpoints,
+        size,
+        profile,
     )
-    draw(made.population, cohort, sampler, seed, 1)  # a sampler that cannot draw says so now,
-    Learner(task, "cpu")  # and so does a model that cannot be built
+    draw(made.population, cohort, sampler, seed, 1)  # and so does a sampler that cannot draw
     return Plan(made, backend, trackers or ())
 
 

@@ -104,7 +104,7 @@ def _is_stackable(task: "Task", model: torch.nn.Module) -> bool:
         name: torch.stack([p.detach() + 0.1 * torch.randn(p.shape, generator=draw) for _ in range(2)]).requires_grad_()
         for name, p in trained.items()
     }
-    examples = task.examples(0)
+    examples = task.test_examples(0, min(6, task.num_test_examples))
     rows = torch.arange(6) % num_examples(examples)
     batch = task.prepare({name: column[rows] for name, column in examples.items()}, None)
     losses = task.losses

@@ -9,6 +9,7 @@ import torch
 from fedray.algorithm import Client, Metrics
 from fedray.clock import Clock
 from fedray.errors import ConfigError
+from fedray.frozen import head_only
 from fedray.groups import Group
 from fedray.groups import train as train_group
 from fedray.local_training import LocalResult, LocalTraining, num_examples, stepper
@@ -89,6 +90,8 @@ class Task(Protocol):
 class Learner:
     """A task, a device and one scratch model.
 
+    Where only the head of a model is trained, ``task`` and ``model`` are of its features (`fedray.frozen`).
+
     Args:
         task: What is learnt.
         device: ``auto`` for a CUDA device where there is one, or a PyTorch device name.
@@ -98,9 +101,8 @@ class Learner:
     """
 
     def __init__(self, task: Task, device: str = "auto") -> None:
-        self.task = task
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        model = task.model().to(self.device)
+        self.task, model = head_only(task, task.model().to(self.device))
         # convolutions and pooling are faster with the channels last, on CPUs as on GPUs
         convolves = any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
         self._format = torch.channels_last if convolves else torch.contiguous_format
@@ -204,7 +206,7 @@ class Learner:
         """The task's sums over the examples, in evaluation mode."""
         model = self.load(params).eval()
         sums: dict[str, Any] = {}
-        with torch.no_grad():
+        with torch.no_grad(), self.clock("evaluate"):
             for block in self._blocks(examples):
                 for name, value in self.task.evaluate(model, block).items():
                     sums[name] = sums[name] + value if name in sums else value

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,20 +56,26 @@ def rounds(
 
     From the start, clients keep nothing from an earlier training on the same backend.
     """
-    number = start
     if start == 0:
         backend.client_states.clear()
-    while True:
-        number += 1
-        began = time.perf_counter()
-        selection = draw(population, cohort, sampler, seed, number)
-        members = clients(selection, population, seed, number)
-        drawn = time.perf_counter()
-        try:
-            state, metrics = algorithm.apply(state, members, backend)
-        except BaseException:
-            backend.client_states.discard()
-            raise
-        backend.client_states.commit()
-        phases = {"sample": drawn - began, "train": time.perf_counter() - drawn}
-        yield Round(number, state, metrics, selection, phases)
+
+    def drawn(round: int) -> tuple[Selection, list[Client]]:
+        selection = draw(population, cohort, sampler, seed, round)
+        return selection, clients(selection, population, seed, round)
+
+    with ThreadPoolExecutor(1, "cohort") as aside:  # a cohort is drawn while the one before it trains
+        number, coming = start, aside.submit(drawn, start + 1)
+        while True:
+            number += 1
+            began = time.perf_counter()
+            selection, members = coming.result()
+            coming = aside.submit(drawn, number + 1)
+            ready = time.perf_counter()
+            try:
+                state, metrics = algorithm.apply(state, members, backend)
+            except BaseException:
+                backend.client_states.discard()
+                raise
+            backend.client_states.commit()
+            phases = {"sample": ready - began, "train": time.perf_counter() - ready}
+            yield Round(number, state, metrics, selection, phases)

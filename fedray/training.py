@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def train(
 ) -> Iterator[Record]:
     """Train from the newest checkpoint in ``folder``, or from the start; yield each round's record once it is kept.
 
-    The seconds that a checkpoint took stand in the next round's record.
+    A checkpoint is written by a thread while the next round trains; what the loop had to wait for it stands in the
+    record of the round after.
 
     Args:
         experiment: What to do.
@@ -46,18 +48,20 @@ def train(
     _forget_after(metrics_path, done if found is not None else -1)
     checkpoint.forget_after(folder, done if found is not None else -1)
 
-    def save(number: int) -> None:
-        checkpoint.write(
-            folder, number, state, backend.client_states, backend.fetch, ledger.entry(), experiment.keep_checkpoints
-        )
+    def save(number: int, state: Any, clients: dict[int, tuple[int, Any]], progress: dict[str, Any]) -> None:
+        checkpoint.write(folder, number, state, clients, backend.fetch, progress, experiment.keep_checkpoints)
 
     def test(number: int) -> dict[str, float]:
         metrics, details = evaluate(experiment.task, state.params, backend)
         checkpoint.replace_file(folder / "evaluation.json", _json({"round": number, **details}).encode())
         return metrics
 
+    def profile() -> dict[str, Any]:
+        return {"profile": backend.clock.take()} if experiment.profile else {}
+
     if found is None and experiment.evaluate_every:
-        yield _keep(metrics_path, {"round": 0, **test(0), **ledger.entry(), "seconds": time.perf_counter() - began})
+        record: Record = {"round": 0, **test(0), **ledger.entry(), "seconds": time.perf_counter() - began}
+        yield _keep(metrics_path, {**record, **profile()})
 
     loop = rounds(
         experiment.algorithm,
@@ -71,37 +75,65 @@ def train(
     )
     saved = done if found is not None else None
     between: dict[str, float] = {}  # seconds since the last line that are in no line yet
-    while done < experiment.rounds and not stop():
-        began = time.perf_counter()
-        ledger.open_round()
-        finished = next(loop)
-        done, state, phases = finished.number, finished.state, {**finished.phases, **between}
-        failed = int(finished.metrics.get("clients_failed", 0)) + len(finished.selection.dropped)
-        ledger.book_dropped(len(finished.selection.dropped))
-        sampled = len(finished.selection.clients) + len(finished.selection.dropped)
-        last = done == experiment.rounds
-        tested: dict[str, float] = {}
-        if "test_loss" in finished.metrics:  # of models that only the algorithm has
-            (folder / "evaluation.json").unlink(missing_ok=True)
-        elif last or (experiment.evaluate_every and done % experiment.evaluate_every == 0):
-            start = time.perf_counter()
-            tested = test(done)
-            phases["evaluate"] = time.perf_counter() - start
-        record = {"round": done, **tested, **finished.metrics, "clients_sampled": sampled, "clients_failed": failed}
-        seconds = time.perf_counter() - began + sum(between.values())
-        record = _keep(metrics_path, {**record, **ledger.entry(), "seconds": seconds, "phases": phases})
-        between = {}
-        if last or (experiment.checkpoint_every and done % experiment.checkpoint_every == 0):
-            start = time.perf_counter()
-            save(done)  # after the line: whoever dies between the two runs the round again, and writes the line again
-            saved = done
-            between = {"checkpoint": time.perf_counter() - start}
-        yield record
-    if done < experiment.rounds:
+    with _Aside() as writer:
+        while done < experiment.rounds and not stop():
+            began = time.perf_counter()
+            writer.check()
+            ledger.open_round()
+            finished = next(loop)
+            done, state, phases = finished.number, finished.state, {**finished.phases, **between}
+            failed = int(finished.metrics.get("clients_failed", 0)) + len(finished.selection.dropped)
+            ledger.book_dropped(len(finished.selection.dropped))
+            sampled = len(finished.selection.clients) + len(finished.selection.dropped)
+            last = done == experiment.rounds
+            tested: dict[str, float] = {}
+            if "test_loss" in finished.metrics:  # of models that only the algorithm has
+                (folder / "evaluation.json").unlink(missing_ok=True)
+            elif last or (experiment.evaluate_every and done % experiment.evaluate_every == 0):
+                start = time.perf_counter()
+                tested = test(done)
+                phases["evaluate"] = time.perf_counter() - start
+            record = {"round": done, **tested, **finished.metrics, "clients_sampled": sampled, "clients_failed": failed}
+            seconds = time.perf_counter() - began + sum(between.values())
+            record |= {**ledger.entry(), "seconds": seconds, "phases": phases, **profile()}
+            _keep(metrics_path, record)
+            between = {}
+            if last or (experiment.checkpoint_every and done % experiment.checkpoint_every == 0):
+                start = time.perf_counter()
+                # after the line: whoever dies between the two runs the round again, and writes the line again
+                writer.start(save, done, state, dict(backend.client_states.committed), ledger.entry())
+                saved = done
+                between = {"checkpoint": time.perf_counter() - start}
+            yield record
         if saved != done:
-            save(done)
-        return
-    checkpoint.write_params(folder / "model.safetensors", state.params)
+            writer.start(save, done, state, dict(backend.client_states.committed), ledger.entry())
+    if done == experiment.rounds:
+        checkpoint.write_params(folder / "model.safetensors", state.params)
+
+
+class _Aside:
+    """A thread that does one thing at a time; whoever starts the next one, or leaves, waits for it."""
+
+    def __init__(self) -> None:
+        self._thread, self._running = ThreadPoolExecutor(1, "checkpoint"), Future[None]()
+        self._running.set_result(None)
+
+    def start(self, do: Callable[..., None], *arguments: Any) -> None:
+        self._running.result()
+        self._running = self._thread.submit(do, *arguments)
+
+    def check(self) -> None:
+        """Raise what went wrong, if it is known by now."""
+        if self._running.done():
+            self._running.result()
+
+    def __enter__(self) -> "_Aside":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._running.result()
 
 
 def _initial_state(algorithm: FederatedAlgorithm, task: Task) -> Any:
@@ -109,6 +141,7 @@ def _initial_state(algorithm: FederatedAlgorithm, task: Task) -> Any:
 
 
 def _keep(path: Path, record: Record) -> Record:
+    """Add a line to the metrics."""
     with path.open("a") as file:
         file.write(_json(record) + "\n")
     return record

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from problems import assert_same_bits
 
 from fedray import checkpoint
-from fedray.client_states import ClientStates
 from fedray.errors import DataError
 
 
@@ -43,7 +42,7 @@ def identity(handle: Any) -> Any:
 
 
 def save(run: Path, round: int, what: Any, clients: dict[int, tuple[int, Any]] | None = None, keep: int = 2) -> None:
-    checkpoint.write(run, round, what, ClientStates(clients or {}), identity, {"bytes_up_total": 3 * round}, keep)
+    checkpoint.write(run, round, what, clients or {}, identity, {"bytes_up_total": 3 * round}, keep)
 
 
 def load(run: Path, template: Any = None) -> checkpoint.Checkpoint:
@@ -343,7 +342,7 @@ def test_only_the_states_that_changed_are_fetched_and_written(tmp_path):
         return torch.full((2,), float(handle))
 
     def step(number: int, clients: dict[int, tuple[int, Any]]) -> None:
-        checkpoint.write(tmp_path, number, state(), ClientStates(clients), fetch, {}, 2)
+        checkpoint.write(tmp_path, number, state(), clients, fetch, {}, 2)
 
     step(1, {0: (1, 10), 1: (1, 11)})
     before = {name: (tmp_path / "client_states" / name).stat().st_mtime_ns for name in client_files(tmp_path)}

@@ -215,7 +215,9 @@ def registry_names(kind: str) -> set[str]:
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs") / "run"
-    made = config.read(find("quickstart"), ["algorithm.name=scaffold", "rounds=2", "checkpoint_every=1", *SMALL[1:]])
+    made = config.read(
+        find("quickstart"), ["algorithm.name=scaffold", "rounds=2", "checkpoint_every=1", "profile=true", *SMALL[1:]]
+    )
     return fedray.run(made, out=folder)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedray.errors import DataError
-from fedray.report import comparison, read_run, write_report
+from fedray.report import comparison, read_metrics, read_run, write_report
 from fedray.report.compare import curve, default_targets, difference_rows, group_by_seed, reach, target_rows
 from fedray.report.figures import curves_svg, line_style, thin
 
@@ -97,6 +97,17 @@ class Page(HTMLParser):
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path / "a<b>")
+
+
+def test_a_profile_is_drawn_if_there_is_one(run, tmp_path):
+    assert "worker-seconds" not in Page(write_report([run], tmp_path / "without.html")).words
+    records = read_metrics(run / "metrics.jsonl")
+    told = {"train": 0.3, "idle": 0.1, "merge": 0.05}
+    write_metrics(run, [{**record, "profile": told if record["round"] else {"evaluate": 0.2}} for record in records])
+    page = Page(write_report([run], tmp_path / "with.html"))
+    assert "What the workers did" in page.words
+    legend = page.words[page.words.index("worker-seconds") :].split("\n")
+    assert [word for word in legend if word in ("train", "idle", "merge", "evaluate")][:3] == ["idle", "merge", "train"]
 
 
 def test_the_page_of_one_run_shows_all_of_it(run, tmp_path):

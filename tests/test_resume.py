@@ -20,7 +20,7 @@ from fedray.training import train as train_in
 @exams(EXAMS)
 def test_server_and_client_states_survive_disk(exam: Exam, tmp_path: Path):
     states, _, kept = reference(exam)
-    checkpoint.write(tmp_path, 3, states[-1], kept, lambda handle: handle, {"bytes_up_total": 7}, keep=1)
+    checkpoint.write(tmp_path, 3, states[-1], kept.committed, lambda handle: handle, {"bytes_up_total": 7}, keep=1)
     found = checkpoint.read_newest(tmp_path, initial(exam.task(), exam.make()))
     assert found is not None
     assert (found.round, found.progress) == (3, {"bytes_up_total": 7})

@@ -14,6 +14,7 @@ from serial_runs import CONFIG, measured, model, undisturbed, without_page
 
 import fedray
 from fedray import checkpoint, training
+from fedray.clock import PHASES
 from fedray.errors import ConfigError
 from fedray.runs import run
 
@@ -62,6 +63,16 @@ def test_there_is_one_line_of_metrics_a_round(unbroken):
     assert "train_loss" not in lines[0]
     assert {name for line in lines for name in line.get("phases", ())} == {"sample", "train", "evaluate", "checkpoint"}
     assert lines[-1]["test_accuracy"] > lines[0]["test_accuracy"]
+
+
+def test_a_profile_says_what_every_round_went_to_and_changes_no_byte(unbroken, tmp_path):
+    made = run(CONFIG, ["profile=true", "backend.num_shares=2"], tmp_path / "a")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    for line in made.metrics:
+        told = line["profile"]
+        assert set(told) <= set(PHASES)
+        assert set(told) >= ({"load", "train", "accumulate", "merge", "evaluate"} if line["round"] else {"evaluate"})
+        assert 0 < sum(told.values()) <= line["seconds"]  # one process, which is never idle
 
 
 def test_who_holds_what_is_kept(unbroken):

@@ -3,7 +3,7 @@
 import html
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ AXIS_TITLES = {"rounds": "round", "megabytes": "megabytes sent, up and down", "s
 
 _INK, _GRID = "#010203", "#040506"  # stand-ins that become the page's own colours in the SVG
 _MAX_POINTS = 2400  # of all lines in one plot together
+_MAX_BARS = 120  # stacks in the picture of where the time went
 _FEW_CLIENTS = 60  # up to here each client has its place
 _MAX_CLIENTS = 300  # columns in the picture of the partition
 _STYLE: dict[Any, Any] = {
@@ -106,6 +107,31 @@ def curves_svg(curves: Sequence[Curve], axis: str, title: str, styles: Sequence[
     if axis == "rounds" and last > first:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     return _svg(figure, f"{title} against {AXIS_TITLES[axis]}")
+
+
+@_style()
+def shares_svg(rounds: np.ndarray, parts: Mapping[str, np.ndarray], unit: str) -> str:
+    """What each round's total consists of, stacked: the parts, shape (rounds,) each, from the first at the bottom."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11.6, 3.2))
+    ax = figure.add_axes((0.055, 0.15, 0.82, 0.77))
+    runs = np.array_split(np.arange(len(rounds)), min(len(rounds), _MAX_BARS))  # of many rounds, means over stretches
+    edges = np.array([rounds[run[0]] for run in runs]) - 0.5
+    below = np.zeros(len(runs))
+    for index, (name, values) in enumerate(parts.items()):
+        height = np.array([values[run].mean() for run in runs])
+        width = [rounds[run[-1]] - rounds[run[0]] + 1 for run in runs]
+        ax.bar(edges, height, width, below, align="edge", color=COLOURS[index % len(COLOURS)], label=name, linewidth=0)
+        below += height
+    ax.set_xlim(edges[0], rounds[-1] + 0.5)
+    ax.set_xlabel("round")
+    ax.set_ylabel(unit)
+    ax.grid(axis="x", visible=False)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 5, 10]))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, labelcolor=_INK, reverse=True)
+    return _svg(figure, f"{unit} by round: {', '.join(parts)}")
 
 
 @_style()

@@ -4,12 +4,14 @@ import html
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fedray.clock import PHASES
 from fedray.errors import DataError
 from fedray.report import figures
 from fedray.report.compare import (
@@ -32,6 +34,7 @@ from fedray.report.read import RunRecord, flat, read_run, scalars
 
 _MAX_MULTIPLES = 36  # small pictures of what the algorithm reported
 _TOLD = {"round", "train_loss", "test_loss", "test_accuracy", "clients_sampled", "seconds"}  # elsewhere on the page
+_IDLE = "A worker is idle while it waits for another or for the driver, whose broadcast and merge are counted apart."
 
 
 def write_report(folders: Sequence[Path | str], out: Path | str, targets: Sequence[float] | None = None) -> Path:
@@ -68,6 +71,7 @@ def _one(run: RunRecord) -> str:
         _section("Classes", _classes(run)),
         _section("Who held what", _partition(run)),
         _section("Where the time went", _phases(run)),
+        _section("What the workers did", _profile(run), _IDLE),
         _multiples([group], _TOLD | {"macro_f1"}),
         _section("Configuration", _settings(run)),
     ]
@@ -182,7 +186,7 @@ def _multiples(groups: Sequence[Group], told: set[str]) -> str:
     pictures: list[str] = []
     constant: list[str] = []
     for key in keys:
-        if key in told or key.startswith(("bytes_", "phases/")):
+        if key in told or key.startswith(("bytes_", "phases/", "profile/")):
             continue
         lines = [(group.label, curve(group, key)) for group in groups]
         values = {value for _, line in lines for value in line.y.tolist()}
@@ -224,9 +228,8 @@ def _partition(run: RunRecord) -> str:
 def _phases(run: RunRecord) -> str:
     total: dict[str, float] = {}
     for record in run.metrics:
-        for key, value in scalars(record).items():
-            if key.startswith("phases/") and math.isfinite(value):
-                total[_title(key[7:])] = total.get(_title(key[7:]), 0.0) + value
+        for name, seconds in _seconds(record, "phases").items():
+            total[name] = total.get(name, 0.0) + seconds
     whole = sum(total.values())
     if not whole:
         return ""
@@ -236,6 +239,24 @@ def _phases(run: RunRecord) -> str:
         for name, value in sorted(total.items(), key=lambda item: -item[1])
     )
     return f'<table class="phases">{"".join(rows)}</table>'
+
+
+def _profile(run: RunRecord) -> str:
+    """The workers' time, round by round, in the order in which a round goes; only of a run with ``profile: true``."""
+    told = {record["round"]: _seconds(record, "profile") for record in run.metrics if record["round"]}
+    names = [name for name in PHASES if any(name in seconds for seconds in told.values())]
+    if not names:
+        return ""
+    parts = {name: np.array([seconds.get(name, 0.0) for seconds in told.values()]) for name in names}
+    return f"<figure>{figures.shares_svg(np.array(list(told)), parts, 'worker-seconds')}</figure>"
+
+
+def _seconds(record: Mapping[str, Any], key: str) -> dict[str, float]:
+    """What stands under ``key`` in a record, as far as it is finite, by its title."""
+    found = {
+        name.removeprefix(f"{key}/"): value for name, value in scalars(record).items() if name.startswith(f"{key}/")
+    }
+    return {_title(name): value for name, value in found.items() if math.isfinite(value)}
 
 
 def _settings(run: RunRecord, of: str = "") -> str:

@@ -1,0 +1,75 @@
+"""A head on a frozen backbone: its features are computed once, and nothing else changes."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from problems import PROBLEMS
+
+from fedray.algorithm import Client
+from fedray.backends.serial import SerialBackend
+from fedray.evaluation import evaluate
+from fedray.experiment import plan
+from fedray.frozen import head_only
+from fedray.learner import Learner
+from fedray.local_training import LocalTraining
+from fedray.models.pretrained import Images
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_models.saved(tiny_models.vit(), tmp_path_factory.mktemp("vit"))
+
+
+def test_with_a_frozen_backbone_every_example_passes_it_once(folder, monkeypatch):
+    values = tiny_models.configuration(folder, method="head") | {"rounds": 4, "cohort": 4, "group": 1}
+    made = plan(values).experiment
+    seen: list[int] = []
+    forward = Images.__call__
+
+    def counted(self: Images, tower: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return forward(self, tower, x)
+
+    backend = SerialBackend(made.task)
+    monkeypatch.setattr(Images, "__call__", counted)
+    state = made.algorithm.init(Learner(made.task, "cpu").params())
+    before = sum(seen)  # trials of single examples
+    cohort = [Client(id=i, seed=i, slot=i) for i in range(4)]
+    for _ in range(3):
+        state, _ = made.algorithm.apply(state, cohort, backend)
+        evaluate(made.task, state.params, backend)
+    assert sum(seen) - before == sum(made.task.sizes[:4]) + made.task.num_test_examples
+
+
+def test_a_frozen_backbone_on_the_way_changes_nothing_but_rounding(folder, monkeypatch):
+    made = plan(tiny_models.configuration(folder, method="head")).experiment
+    learner = Learner(made.task, "cpu")
+    assert learner.params().keys() == {"head.weight", "head.bias"}
+    local, client = LocalTraining(local_lr=0.05, batch_size=8, local_epochs=2), Client(id=1, seed=3)
+    cached = learner.train(learner.params(), client, local)
+    tests = learner.test(cached.params)
+    monkeypatch.setattr("fedray.learner.head_only", lambda task, model: (task, model))
+    whole = Learner(made.task, "cpu")
+    assert whole.params().keys() == learner.params().keys()
+    plain = whole.train(whole.params(), client, local)
+    for name, p in plain.params.items():
+        torch.testing.assert_close(cached.params[name], p, rtol=1e-4, atol=1e-5)
+    assert tests == pytest.approx(whole.test(cached.params), rel=1e-4)
+
+
+def test_a_model_that_is_more_than_its_head_on_its_features_is_left_whole():
+    class Doubled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = torch.nn.Linear(4, 4).requires_grad_(False)
+            self.head = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(2 * self.features(x))
+
+    task, model = PROBLEMS["blobs"](), Doubled()
+    assert head_only(task, model) == (task, model)
