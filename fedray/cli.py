@@ -61,6 +61,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     resume.set_defaults(command=_resume)
 
+    calibrate = commands.add_parser("calibrate", help="find the fastest way to compute clients on this machine")
+    calibrate.add_argument("config", help="a YAML file, or a shipped experiment's name")
+    calibrate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options on top of the file")
+    calibrate.set_defaults(command=_calibrate)
+
     report = commands.add_parser("report", help="compare runs, and write a page about them")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, metavar="PAGE", help="the page (default: report.html)")
@@ -98,6 +103,20 @@ def _resume(options: argparse.Namespace) -> None:
     from fedray.runs import resume
 
     _finish(resume(options.run, options.overrides).folder)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from fedray import config
+    from fedray.calibrate import calibrate
+    from fedray.runs import find
+
+    values = config.read(find(options.config), options.overrides)
+    found = calibrate(values, lambda way: print(f"timing {way}", file=sys.stderr))
+    print(found.table())
+    if found.proposal == found.configured:
+        print("nothing is worth a change")
+    else:
+        print("proposed:", " ".join(["fedray", "run", options.config, *options.overrides, found.proposal.settings]))
 
 
 def _finish(folder: Path) -> None:

@@ -1,13 +1,14 @@
 """A whole run as one value: the top level of a configuration."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fedray import backends, config, groups
 from fedray.algorithm import FederatedAlgorithm
 from fedray.backends import Launcher
 from fedray.errors import ConfigError, DataError
+from fedray.execution import ONE_BY_ONE, Execution
 from fedray.learner import Learner, Task
 from fedray.rounds import Sampler, draw
 from fedray.samplers import Population, uniform
@@ -27,7 +28,7 @@ class Experiment:
     evaluate_every: int
     checkpoint_every: int
     keep_checkpoints: int
-    group: int
+    execution: Execution = ONE_BY_ONE
     profile: bool = False
 
     @property
@@ -57,7 +58,7 @@ def experiment(
     evaluate_every: int = 1,
     checkpoint_every: int = 5,
     keep_checkpoints: int = 2,
-    group: int | Literal["auto"] = "auto",
+    execution: Execution = Execution(),
     profile: bool = False,
     trackers: list[TrackerFactory] | None = None,
 ) -> Plan:
@@ -74,12 +75,11 @@ def experiment(
         evaluate_every: Rounds between evaluations on the test set; 0 for only at the end.
         checkpoint_every: Rounds between checkpoints; 0 for only at the end.
         keep_checkpoints: How many of the newest checkpoints stay.
-        group: Clients that train in one call, where the algorithm allows it; auto by a rule of the model's layers.
+        execution: How clients are computed.
         profile: Keep what the workers' time went to, round by round, and draw it in the report.
         trackers: Where metrics are sent besides the run folder.
     """
     counts = {"rounds": (rounds, 1), "cohort": (cohort, 1), "seed": (seed, 0), "evaluate_every": (evaluate_every, 0)}
-    counts |= {} if isinstance(group, str) else {"group": (group, 1)}
     counts |= {"checkpoint_every": (checkpoint_every, 0), "keep_checkpoints": (keep_checkpoints, 1)}
     for name, (value, least) in counts.items():
         if value < least:
@@ -88,7 +88,6 @@ def experiment(
     num_clients = len(task.sizes)
     algorithm = config.fill(algorithm, num_clients)
     learner = Learner(task, "cpu")  # a model that cannot be built says so now,
-    size = _group_size(group, learner.task, cohort)
     made = Experiment(
         task,
         algorithm,
@@ -99,20 +98,28 @@ def experiment(
         evaluate_every,
         checkpoint_every,
         keep_checkpoints,
-        size,
+        _resolved(execution, learner, cohort),
         profile,
     )
     draw(made.population, cohort, sampler, seed, 1)  # and so does a sampler that cannot draw
     return Plan(made, backend, trackers or ())
 
 
-def _group_size(group: int | Literal["auto"], task: Task, cohort: int) -> int:
-    if isinstance(group, str):
-        return groups.suggested_size(task, cohort)
-    reason = groups.obstacle(task, task.model()) if group > 1 else None
+def _resolved(execution: Execution, learner: Learner, cohort: int) -> Execution:
+    """With every ``auto`` replaced by what the rules choose.
+
+    Raises:
+        ValueError: clients of this task cannot be computed so.
+    """
+    task, model, group = learner.task, learner.model, execution.group
+    reason = groups.dependence(task, model) if execution.compile else None
     if reason is not None:
+        raise ValueError(f"compile is true, but this task's training step cannot be: {reason}; set compile=false")
+    if group == "auto":
+        group = groups.suggested_size(task, cohort)
+    elif group > 1 and (reason := groups.obstacle(task, task.model())) is not None:
         raise ValueError(f"group is {group}, but clients of this task cannot train in one call: {reason}; set group=1")
-    return group
+    return replace(execution, group=group, channels_last=execution.puts_channels_last(model))
 
 
 def plan(values: Mapping[str, Any]) -> Plan:

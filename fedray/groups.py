@@ -81,8 +81,9 @@ def suggested_size(task: "Task", cohort: int) -> int:
 
 def obstacle(task: "Task", model: torch.nn.Module) -> str | None:
     """Why clients of this task cannot train in one call, or None if they can."""
-    if task.losses is None:
-        return "its loss is not a mean over examples"
+    reason = dependence(task, model)
+    if reason is not None:
+        return reason
     if task.augments:
         return "its examples are augmented at random"
     layer = unknown_layer(model)
@@ -91,9 +92,17 @@ def obstacle(task: "Task", model: torch.nn.Module) -> str | None:
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{path} draws random numbers"
+    return None if _is_stackable(task, model) else "its examples, or its layers, are not independent of each other"
+
+
+def dependence(task: "Task", model: torch.nn.Module) -> str | None:
+    """Why the examples of a batch know of each other, or None if, as far as one can see, they don't."""
+    if task.losses is None:
+        return "its loss is not a mean over examples"
+    for path, module in model.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.track_running_stats:
             return f"{path} keeps running statistics"
-    return None if _is_stackable(task, model) else "its examples, or its layers, are not independent of each other"
+    return None
 
 
 def _is_stackable(task: "Task", model: torch.nn.Module) -> bool:

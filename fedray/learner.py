@@ -8,11 +8,13 @@ import torch
 
 from fedray.algorithm import Client, Metrics
 from fedray.clock import Clock
+from fedray.compiled import CompiledStep
 from fedray.errors import ConfigError
+from fedray.execution import ONE_BY_ONE, Execution
 from fedray.frozen import head_only
 from fedray.groups import Group
 from fedray.groups import train as train_group
-from fedray.local_training import LocalResult, LocalTraining, num_examples, stepper
+from fedray.local_training import Gradients, LocalResult, LocalTraining, num_examples, stepper
 from fedray.stacked import StackedModel
 from fedray.trees import Params
 
@@ -95,23 +97,25 @@ class Learner:
     Args:
         task: What is learnt.
         device: ``auto`` for a CUDA device where there is one, or a PyTorch device name.
+        execution: How clients are computed.
 
     Raises:
         ConfigError: the model has BatchNorm and nobody chose to average its statistics.
     """
 
-    def __init__(self, task: Task, device: str = "auto") -> None:
+    def __init__(self, task: Task, device: str = "auto", execution: Execution = ONE_BY_ONE) -> None:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.task, model = head_only(task, task.model().to(self.device))
-        # convolutions and pooling are faster with the channels last, on CPUs as on GPUs
-        convolves = any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
-        self._format = torch.channels_last if convolves else torch.contiguous_format
-        self.model = model.to(memory_format=self._format) if convolves else model  # type: ignore[call-overload]
+        last = execution.puts_channels_last(model)
+        self._format = torch.channels_last if last else torch.contiguous_format
+        self.model = model.to(memory_format=self._format) if last else model  # type: ignore[call-overload]
         self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._buffers = _running_statistics(self.model, task.average_buffers)
         self._kept = [buffer for name, buffer in self.model.named_buffers() if name not in self._buffers]
         self._initially = [buffer.clone() for buffer in self._kept]
         self._stacked: StackedModel | None = None
+        self._compiles = execution.compile
+        self._compiled: dict[int, CompiledStep] = {}  # by the size of a batch
         self.clock = Clock()
 
     def params(self) -> Params:
@@ -174,26 +178,38 @@ class Learner:
                     "a group trains with its task's loss and examples; call map_reduce without grouped=True"
                 )
             return train_group(self, start, client, local, correction, proximal)
-        model = self.load(start).train()
-        params = list(self._trained.values())
-        step = stepper(params, self._trained, start, local, client.round, correction, proximal)
+        self.load(start).train()
+        step = stepper(list(self._trained.values()), self._trained, start, local, client.round, correction, proximal)
         examples = self.task.examples(client.id) if examples is None else examples
         length = num_examples(examples)
-        loss_of = loss or self.task.loss
+        gradients_of = self._gradients(local.batch_size, loss)
         num_steps = num_seen = 0
         total_loss = torch.zeros((), device=self.device)
         generator = torch.Generator().manual_seed(client.seed)
         seed_draws(client.seed, self.device)  # for dropout and the like; the worker restores the caller's generator
         batch_of = self.ready(examples, generator)
         for rows in local.batches(length, generator):
-            batch = batch_of(rows)
-            batch_loss = loss_of(model, batch)
-            gradients = torch.autograd.grad(batch_loss, params, materialize_grads=True)
+            batch_loss, gradients = gradients_of(batch_of, rows)
             with torch.no_grad():
                 step(gradients)
-                total_loss += batch_loss.detach() * len(rows)
+                total_loss += batch_loss * len(rows)
             num_steps, num_seen = num_steps + 1, num_seen + len(rows)
         return LocalResult(self.params(), num_steps, length, total_loss.item() / num_seen)
+
+    def _gradients(self, size: int, loss: LossFunction | None) -> Callable[..., tuple[torch.Tensor, Gradients]]:
+        """The mean loss of the scratch model over a batch, and its gradients: a function of ``ready``'s and of rows."""
+        params, loss_of = list(self._trained.values()), loss or self.task.loss
+
+        def plain(batch_of: Callable[[torch.Tensor], Columns], rows: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+            batch_loss = loss_of(self.model, batch_of(rows))
+            return batch_loss.detach(), torch.autograd.grad(batch_loss, params, materialize_grads=True)
+
+        if loss is not None or not self._compiles:
+            return plain
+        if size not in self._compiled:
+            self._compiled[size] = CompiledStep(self.task, self.model, self._trained, size)
+        step = self._compiled[size]
+        return lambda batch_of, rows: step(batch_of(step.rows(rows)), len(rows))
 
     def features(self, params: Params, examples: Columns) -> torch.Tensor:
         """``model.features`` of every example, shape (n, d), in evaluation mode."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def run(
         raise ConfigError(f"{folder} cannot be the run folder ({error.strerror}); choose another --out") from None
     if not empty:
         raise ConfigError(f"{folder} is not empty; choose another --out, or go on with: fedray resume {folder}")
-    values["group"] = made.experiment.group  # what a rule chose stays chosen, whatever the rule becomes
+    values |= asdict(made.experiment.execution)  # what a rule chose stays chosen, whatever the rule becomes
     _save(values, folder)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     np.savez(folder / "partition.npz", **made.experiment.task.holdings())  # type: ignore[arg-type]

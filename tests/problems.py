@@ -18,6 +18,7 @@ from fedray.algorithm import EVERYONE, Client, ClientResult, FederatedAlgorithm,
 from fedray.algorithms import ALGORITHMS
 from fedray.backends.serial import SerialBackend
 from fedray.client_states import ClientStates
+from fedray.execution import Execution
 from fedray.experiment import Experiment
 from fedray.learner import Columns, Learner
 from fedray.local_training import LocalTraining
@@ -189,7 +190,7 @@ class Exam:
         return PROBLEMS[self.problem]()
 
     def backend(self, num_shares: int = 1, **options: Any) -> SerialBackend:
-        return SerialBackend(self.task(), num_shares, group=self.group, **options)
+        return SerialBackend(self.task(), num_shares, execution=Execution(self.group), **options)
 
     def make(self, local: LocalTraining = LOCAL) -> FederatedAlgorithm:
         options: dict[str, Any] = {"local": local}
@@ -342,9 +343,14 @@ def experiment(exam: Exam, num_rounds: int = 5, **options: Any) -> Experiment:
         "checkpoint_every": 2,
         "keep_checkpoints": 2,
     }
-    settings |= {"task": exam.task(), "algorithm": exam.make(), "sampler": over_selection, "group": exam.group}
+    settings |= {
+        "task": exam.task(),
+        "algorithm": exam.make(),
+        "sampler": over_selection,
+        "execution": Execution(exam.group),
+    }
     return Experiment(**(settings | {"rounds": num_rounds} | options))  # type: ignore[arg-type]
 
 
 def backend_for(made: Experiment, num_shares: int = 1, **options: Any) -> SerialBackend:
-    return SerialBackend(made.task, num_shares, group=made.group, **options)
+    return SerialBackend(made.task, num_shares, execution=made.execution, **options)

@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 
 import fedray
 from fedray import catalogue, cli, config
+from fedray.clock import PHASES
 from fedray.experiment import plan
 from fedray.options import options_of
 from fedray.runs import find
@@ -234,6 +235,7 @@ TABLES: dict[str, Callable[[Any], set[str]]] = {
     "public names": lambda _: set(fedray.__all__),
     "run folder": files_of_a_run,
     "metrics.jsonl": keys_of_a_record,
+    "profile": lambda _: set(PHASES),
 }
 
 

@@ -30,6 +30,7 @@ from fedray.aggregators import AGGREGATORS, mean
 from fedray.algorithm import Client, ClientResult, FederatedAlgorithm
 from fedray.backends.serial import SerialBackend
 from fedray.errors import ClientError
+from fedray.execution import Execution
 from fedray.learner import Learner
 from fedray.rounds import clients, rounds
 from fedray.samplers import Population, Selection, uniform
@@ -83,7 +84,7 @@ def test_among_clients_that_train_together_only_the_one_that_fails_is_dropped(ex
     algorithm, start = exam.make(), initial(task, exam.make())
     results = []
     for num_shares in (1, 2, 7):
-        backend = SerialBackend(torn, num_shares, on_client_error="drop", group=3)
+        backend = SerialBackend(torn, num_shares, on_client_error="drop", execution=Execution(3))
         results.append((*algorithm.apply(start, cohort, backend), backend.client_states))
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])
@@ -92,7 +93,7 @@ def test_among_clients_that_train_together_only_the_one_that_fails_is_dropped(ex
     assert results[0][1] == pytest.approx({**metrics, "clients_failed": 1}, rel=1e-4)
     torch.testing.assert_close(copy(results[0][0]), copy(expected), rtol=1e-4, atol=1e-5)
     with pytest.raises(ClientError, match=r"^client 4 failed in round 1:\nTraceback(.|\n)*mat1 and mat2 shapes"):
-        algorithm.apply(start, cohort, SerialBackend(torn, 2, group=3))
+        algorithm.apply(start, cohort, SerialBackend(torn, 2, execution=Execution(3)))
 
 
 def test_what_a_client_reports_wrongly_drops_its_update_too():

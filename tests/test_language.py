@@ -14,6 +14,7 @@ from fedray.algorithm import EVERYONE
 from fedray.backends.serial import SerialBackend
 from fedray.data.tokens import Reading, text_dataset
 from fedray.evaluation import evaluate
+from fedray.execution import Execution
 from fedray.experiment import plan
 from fedray.learner import Learner
 from fedray.models import LANGUAGE_MODELS
@@ -243,7 +244,7 @@ def test_the_number_of_shares_changes_nothing(name, group):
     made = task()
     outcomes = []
     for shares in (1, 2, 7):
-        backend = SerialBackend(made, shares, group=group)
+        backend = SerialBackend(made, shares, execution=Execution(group))
         history = trained(name, made, backend)
         outcomes.append(([r.state for r in history], [r.metrics for r in history], backend.client_states))
     assert_same_bits(outcomes[0], outcomes[1])
@@ -259,7 +260,7 @@ def test_training_together_computes_what_training_alone_does_but_for_rounding(na
     except ValueError:
         pytest.skip("it is defined for plain SGD only")
     made = task()
-    together = trained(name, made, SerialBackend(made, group=4), local)
+    together = trained(name, made, SerialBackend(made, execution=Execution(4)), local)
     for a, b in zip(together, trained(name, made, SerialBackend(made), local), strict=True):
         assert a.metrics == pytest.approx(b.metrics, rel=1e-3)
         torch.testing.assert_close(copy(a.state), copy(b.state), rtol=2e-3, atol=2e-4)

@@ -147,7 +147,7 @@ def test_the_metrics_of_a_run_carry_the_bytes_with_clients_that_dropped_out(make
 
     made = Experiment(
         task=regression(), algorithm=make(), sampler=sampler, rounds=3, cohort=5, seed=0,
-        evaluate_every=1, checkpoint_every=2, keep_checkpoints=1, group=1,
+        evaluate_every=1, checkpoint_every=2, keep_checkpoints=1,
     )  # fmt: skip
     list(training.train(made, tmp_path, SerialBackend(made.task)))
     each = MODEL * (2 if "c" in vars(initial(made.task, made.algorithm)) else 1)

@@ -293,7 +293,7 @@ def test_clients_train_together_as_they_do_alone_but_for_rounding(name, tmp_path
 def test_a_transformer_trained_with_its_class_token_says_that_clients_train_one_by_one(tmp_path):
     folder = tiny_models.saved(tiny_models.vit(hidden_dropout_prob=0.0), tmp_path / "vit")
     values = tiny_models.configuration(folder, method="full")
-    assert plan(values).experiment.group == 1
+    assert plan(values).experiment.execution.group == 1
     with pytest.raises(ConfigError, match=r"group is 2.*Embeddings\) has params that cannot be stacked; set group=1"):
         plan({**values, "group": 2})
 

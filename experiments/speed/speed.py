@@ -40,6 +40,7 @@ CONTENDERS = {  # the environment ("" is this one), and what to run in it with `
     "floor2-compiled": ("", "contenders.floor 2 compile"),
     "floor2-channels-last": ("", "contenders.floor 2 channels_last"),
     "fedray": ("", "contenders.fedray"),
+    "fedray-compiled": ("", "contenders.fedray compile=true"),
     "fedray1": ("", "contenders.fedray backend.num_workers=1"),
     "fedray-serial": ("", "contenders.fedray backend.name=serial"),
     "pfl1": ("pfl", "contenders.pfl"),

@@ -43,7 +43,7 @@ def in_process(
         from fedray.backends.serial import SerialBackend
         from fedray.training import train
 
-        backend = SerialBackend(experiment.task, num_shares, device, threads, on_client_error, experiment.group)
+        backend = SerialBackend(experiment.task, num_shares, device, threads, on_client_error, experiment.execution)
         yield from train(experiment, folder, backend, stop)
 
     return Launcher(launch)

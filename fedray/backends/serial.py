@@ -11,6 +11,7 @@ from fedray.algorithm import Client, ClientUpdate, Metrics
 from fedray.backends.worker import Job, Partial, balance, fold, map_items, members, reduce
 from fedray.client_states import ClientStates
 from fedray.clock import Clock
+from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
 
@@ -18,8 +19,7 @@ from fedray.learner import Learner, Task
 class SerialBackend:
     """Every client in turn in this process.
 
-    With ``num_shares`` above 1 the cohort is split and merged as a cluster would do it; with ``group`` above 1 that
-    many clients train in one call, where the algorithm allows it (`fedray.groups`).
+    With ``num_shares`` above 1 the cohort is split and merged as a cluster would do it.
     """
 
     def __init__(
@@ -29,11 +29,12 @@ class SerialBackend:
         device: str = "auto",
         threads: int = 1,
         on_client_error: Literal["raise", "drop"] = "raise",
-        group: int = 1,
+        execution: Execution = ONE_BY_ONE,
     ) -> None:
         torch.set_num_threads(threads)  # kernels split their sums by the number of threads
-        self._learner, self._num_shares, self._drop = Learner(task, device), num_shares, on_client_error == "drop"
-        self._group = group
+        self._learner = Learner(task, device, execution)
+        self._num_shares, self._drop = num_shares, on_client_error == "drop"
+        self._group = execution.size
         self.client_states = ClientStates()
         self.clock = Clock()
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fedray.execution import ONE_BY_ONE, Execution
+
 if TYPE_CHECKING:
     from fedray.backends.ray.backend import RayBackend
     from fedray.learner import Task
@@ -11,7 +13,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def workers(
-    task: "Task", cohort: int, address: str = "local", object_store_gb: float | None = None, **resources: Any
+    task: "Task",
+    cohort: int,
+    address: str = "local",
+    object_store_gb: float | None = None,
+    execution: Execution = ONE_BY_ONE,
+    **resources: Any,
 ) -> Iterator["RayBackend"]:
     """A Ray backend for one's own script, for a while.
 
@@ -20,7 +27,8 @@ def workers(
         cohort: The size of a cohort, for choosing the number of workers.
         address: An existing cluster, or ``local`` for one of our own.
         object_store_gb: Size of a local cluster's shared memory; None for Ray's default.
-        resources: Fields of `fedray.backends.ray.backend.Resources`, and ``group``.
+        execution: How clients are computed.
+        resources: Fields of `fedray.backends.ray.backend.Resources`.
     """
     from fedray.backends.ray.environment import prepare
 
@@ -29,8 +37,7 @@ def workers(
     from fedray.backends.ray.cluster import connected
 
     with connected(address, object_store_gb):
-        group = resources.pop("group", 1)
-        backend = RayBackend(task, cohort, Resources(**resources), group)
+        backend = RayBackend(task, cohort, Resources(**resources), execution)
         try:
             yield backend
         finally:

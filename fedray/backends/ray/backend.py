@@ -33,6 +33,7 @@ from fedray.backends.worker import (
 from fedray.client_states import ClientStates
 from fedray.clock import Clock
 from fedray.errors import ConfigError, FedrayError
+from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
 
@@ -86,11 +87,11 @@ class Crash(str):
 class _Worker:
     """An actor: one learner, and no other state, so that it can die and be replaced at any time."""
 
-    def __init__(self, device: str, threads: int) -> None:
+    def __init__(self, device: str, threads: int, execution: Execution) -> None:
         travel_as_arrays()
         keep_freed_memory()
         torch.set_num_threads(threads)
-        self._device = device
+        self._device, self._execution = device, execution
         self._learner: Learner | None = None
         self._job: tuple[bytes, Job] | None = None
 
@@ -120,7 +121,7 @@ class _Worker:
     def _learn(self, task: TaskRef) -> Learner:
         # not the constructor's work: Ray would have to keep a constructor's arguments for a restart
         if self._learner is None:
-            self._learner = Learner(ray.get(task[0]), self._device)
+            self._learner = Learner(ray.get(task[0]), self._device, self._execution)
         return self._learner
 
 
@@ -131,7 +132,7 @@ class RayBackend:
         task: What is learnt, or a reference to it; sent to every node once.
         cohort: The size of a cohort, for choosing the number of workers.
         resources: What the workers reserve.
-        group: Clients that train in one call, where the algorithm allows it (`fedray.groups`).
+        execution: How clients are computed.
 
     Raises:
         ConfigError: the workers do not fit into the cluster.
@@ -139,7 +140,11 @@ class RayBackend:
     """
 
     def __init__(
-        self, task: "Task | ray.ObjectRef", cohort: int, resources: Resources = Resources(), group: int = 1
+        self,
+        task: "Task | ray.ObjectRef",
+        cohort: int,
+        resources: Resources = Resources(),
+        execution: Execution = ONE_BY_ONE,
     ) -> None:
         travel_as_arrays()
         carry_users_modules()
@@ -153,8 +158,10 @@ class RayBackend:
             max_restarts=-1,
         )
         assert isinstance(resources.num_workers, int)
-        self._workers = [actor.remote(resources.device, resources.threads) for _ in range(resources.num_workers)]
-        self._group = group
+        self._workers = [
+            actor.remote(resources.device, resources.threads, execution) for _ in range(resources.num_workers)
+        ]
+        self._group = execution.size
         self._drop = resources.on_client_error == "drop"
         self._costs = Costs()
         self.client_states = ClientStates()

@@ -34,7 +34,7 @@ class _Driver:
         self, experiment: Experiment, task: list[ray.ObjectRef], folder: str, resources: Resources
     ) -> Iterator[Record]:
         experiment = replace(experiment, task=ray.get(task[0]))
-        backend = RayBackend(task[0], experiment.cohort, resources, experiment.group)
+        backend = RayBackend(task[0], experiment.cohort, resources, experiment.execution)
         logger.info("%d workers: %s", len(backend.workers), backend.workers)
         yield from train(experiment, Path(folder), backend, self._stop.is_set)
 

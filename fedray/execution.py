@@ -1,0 +1,39 @@
+"""How clients are computed: what changes a run's speed and the rounding of its results, and nothing else."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How clients are computed; a part of the configuration, because it changes the last bits of a result.
+
+    Args:
+        group: Clients that train in one call, where the algorithm allows it; auto by a rule of the model's layers.
+        compile: Compile the training step of clients that train one by one (torch.compile); minutes at the first run.
+        channels_last: Keep images with the channels in the last place; auto for models with convolutions.
+    """
+
+    group: int | Literal["auto"] = "auto"
+    compile: bool = False
+    channels_last: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.group != "auto" and self.group < 1:
+            raise ValueError(f"group is {self.group}; it must be >= 1")
+
+    @property
+    def size(self) -> int:
+        """Clients that train in one call; without a choice, one."""
+        return 1 if self.group == "auto" else self.group
+
+    def puts_channels_last(self, model: torch.nn.Module) -> bool:
+        """Whether images of this model have the channels in the last place."""
+        if self.channels_last != "auto":
+            return self.channels_last
+        return any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+
+
+ONE_BY_ONE = Execution(group=1)

@@ -1,0 +1,110 @@
+"""How clients are computed: compiled steps, memory formats, and what is refused."""
+
+import copy
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import PROBLEMS, Exam, assert_same_bits, train
+from torch import nn
+
+from fedray import runs
+from fedray.algorithm import Client
+from fedray.backends.serial import SerialBackend
+from fedray.errors import ConfigError, FedrayError
+from fedray.execution import Execution
+from fedray.experiment import plan
+from fedray.learner import Learner
+from fedray.local_training import LocalTraining
+from fedray.models.classifier import Classifier
+
+COMPILED = Execution(group=1, compile=True)
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler, and there is none"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [4, 64])  # batches that are not full, at the end or always
+def test_a_compiled_step_computes_what_the_plain_one_does_but_for_rounding(size):
+    task = PROBLEMS["blobs"]()
+    plain, compiled = Learner(task, "cpu"), Learner(task, "cpu", COMPILED)
+    local = LocalTraining(local_lr=0.2, batch_size=size, local_epochs=2, local_momentum=0.5, max_grad_norm=1.0)
+    for client in map(Client, range(3), range(3)):
+        mine, its = (learner.train(plain.params(), client, local, proximal=0.1) for learner in (compiled, plain))
+        assert (mine.num_steps, mine.num_examples) == (its.num_steps, its.num_examples)
+        assert mine.loss == pytest.approx(its.loss, rel=1e-5)
+        for name, p in its.params.items():
+            torch.testing.assert_close(mine.params[name], p, rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+def test_compiled_or_not_the_number_of_shares_changes_no_bit():
+    exam = Exam("fedavg", "blobs")
+    states = [
+        train(exam.task(), exam.make(), SerialBackend(exam.task(), shares, execution=COMPILED))[-1].state
+        for shares in (1, 3)
+    ]
+    assert_same_bits(*states)
+
+
+def test_a_compiled_step_that_computes_something_else_is_found_out(monkeypatch):
+    def miscompiled(function, **_: object):
+        def doubled(*arguments):
+            gradients, loss = function(*arguments)
+            return {name: 2 * gradient for name, gradient in gradients.items()}, loss
+
+        return doubled
+
+    monkeypatch.setattr(torch, "compile", miscompiled)
+    learner = Learner(PROBLEMS["blobs"](), "cpu", COMPILED)
+    with pytest.raises(FedrayError, match="computes something else; set compile=false"):
+        learner.train(learner.params(), Client(0, 0), LocalTraining())
+
+
+def test_without_a_compiler_a_message_says_so(monkeypatch):
+    def cannot(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: cannot)
+    learner = Learner(PROBLEMS["blobs"](), "cpu", COMPILED)
+    with pytest.raises(
+        FedrayError, match=r"cannot be compiled \(no compiler\); set compile=false, or see that there is"
+    ):
+        learner.train(learner.params(), Client(0, 0), LocalTraining())
+
+
+def configuration(**values: object) -> dict[str, object]:
+    data = {"name": "classification", "data": "digits", "partition": {"name": "iid", "num_clients": 4}, "model": "mlp"}
+    return {"task": data, "algorithm": "fedavg", "rounds": 1, "cohort": 2, "backend": "serial", **values}
+
+
+def test_what_the_rules_choose_is_written_down(tmp_path):
+    made = runs.run(configuration(), out=tmp_path / "a")
+    kept = runs.config.read(made.folder / "config.yaml")
+    assert (kept["group"], kept["compile"], kept["channels_last"]) == (1, False, False)
+
+
+def batch_normed(shape: tuple[int, ...], num_classes: int, /) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, num_classes))
+
+
+def test_what_cannot_be_compiled_is_refused():
+    values = configuration(compile=True)
+    values["task"] = {**values["task"], "model": "test_execution.batch_normed", "batch_norm": "average"}
+    with pytest.raises(ConfigError, match=r"compile is true.*1 keeps running statistics; set compile=false"):
+        plan(values)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_where_the_channels_are_changes_nothing_but_rounding(channels_last):
+    convolution = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten())
+    task = replace(PROBLEMS["images"](), build=lambda: Classifier(copy.deepcopy(convolution), 36, 3))
+    plain, other = Learner(task, "cpu"), Learner(task, "cpu", Execution(1, channels_last=channels_last))
+    weight = next(p for p in other.model.parameters() if p.dim() == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last) or not channels_last
+    mine, its = (learner.train(plain.params(), Client(0, 0), LocalTraining()) for learner in (other, plain))
+    for name, p in its.params.items():
+        torch.testing.assert_close(mine.params[name], p, rtol=1e-4, atol=1e-6)
+        assert mine.params[name].is_contiguous()
