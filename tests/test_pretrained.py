@@ -15,6 +15,7 @@ from serial_runs import measured, without_page
 
 from fedray import cli
 from fedray.algorithm import Client
+from fedray.backends.ray import workers
 from fedray.data.dataset import Dataset
 from fedray.errors import ConfigError, DataError
 from fedray.experiment import plan
@@ -305,6 +306,26 @@ def test_ray_workers_compute_the_same(folder, tmp_path, ray_local):
         with without_page():
             results.append((run(values, out=tmp_path / backend["name"]).folder / "model.safetensors").read_bytes())
     assert results[0] == results[1]
+
+
+def mapping_of_a_frozen_tensor(learner: Learner, _: int) -> str:
+    """The line of the memory map that the largest frozen tensor lies in."""
+    address = max((p for p in learner.model.parameters() if not p.requires_grad), key=torch.numel).data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= address < last:
+            return line
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the memory map is read from Linux's /proc")
+def test_a_frozen_backbone_is_held_once_for_all_workers_of_a_node(tmp_path, ray_local):
+    folder = tiny_models.saved(tiny_models.vit(intermediate_size=20_000), tmp_path / "vit")  # small ones are not shared
+    task = plan(tiny_models.configuration(folder, method="bias")).experiment.task
+    with workers(task, cohort=2, num_workers=2) as backend:
+        found = backend.map(mapping_of_a_frozen_tensor, [0, 1])
+    assert all("plasma" in line or "/dev/shm" in line for line in found), found
+    assert "plasma" not in mapping_of_a_frozen_tensor(Learner(task, "cpu"), 0)
 
 
 def test_moon_compares_the_features_of_a_pre_trained_model(folder, tmp_path):

@@ -7,6 +7,7 @@ transformers are converted by transformers itself.
 
 import copy
 import json
+from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from fedray.peft import blocks_of
 
 _NOT_USED = ("classifier", "cls_classifier", "distillation_classifier", "pooler", "lm_head", "head", "fc_norm")
 _SHOWN = 3  # names in a message
+_MOST_HELD = 2
+_HELD: dict[str, tuple[nn.Module, list[int]]] = {}  # by path; with how often its tensors had been written to
 
 
 def transformers() -> Any:
@@ -40,12 +43,26 @@ def load(path: str) -> nn.Module:
     Raises:
         DataError: there is no such model, or its tensors are not those that its configuration asks for.
     """
-    model, versions = _loaded(path)
-    if [p._version for p in model.parameters()] != versions:
-        _loaded.cache_clear()
-        model, _ = _loaded(path)
+    model, versions = _HELD.get(path, (None, []))
+    if model is None or _versions(model) != versions:
+        model = _read(path)
+        hold({path: model})
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, shared)
+
+
+def held() -> dict[str, nn.Module]:
+    """The pre-trained models that this process holds, by path."""
+    return {path: model for path, (model, _) in _HELD.items()}
+
+
+def hold(models: Mapping[str, nn.Module]) -> None:
+    """Let `load` find these models, which it would read from disk; such as those in memory that processes share."""
+    for path, model in models.items():
+        _HELD.pop(path, None)
+        _HELD[path] = model, _versions(model)
+    while len(_HELD) > _MOST_HELD:
+        del _HELD[next(iter(_HELD))]
 
 
 def blank(path: str) -> nn.Module:
@@ -94,9 +111,12 @@ def own_moments(path: str, model_type: str) -> tuple[tuple[float, ...], tuple[fl
     return tuple(mean), tuple(std)
 
 
-@lru_cache(maxsize=2)
-def _loaded(path: str) -> tuple[nn.Module, list[int]]:
-    """The model, and how often each of its tensors has been written to."""
+def _versions(model: nn.Module) -> list[int]:
+    """How often each parameter has been written to."""
+    return [p._version for p in model.parameters()]
+
+
+def _read(path: str) -> nn.Module:
     library = transformers()
     _config(path)
     try:
@@ -116,8 +136,7 @@ def _loaded(path: str) -> tuple[nn.Module, list[int]]:
                 f"{path} is not what its config.json says: {subject} {', '.join(wrong[:_SHOWN])}{more}; "
                 "restore the folder, or save the model again with save_pretrained"
             )
-    model.requires_grad_(False).eval()
-    return model, [p._version for p in model.parameters()]
+    return model.requires_grad_(False).eval()
 
 
 @lru_cache  # of a hub id, transformers asks the hub every time

@@ -36,10 +36,11 @@ from fedray.errors import ConfigError, FedrayError
 from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
+from fedray.models import hugging_face
 
 logger = logging.getLogger(__name__)
 
-TaskRef = list[ray.ObjectRef]  # in a list, Ray hands over the reference instead of the task
+Sent = list[ray.ObjectRef]  # in a list, Ray hands over the references instead of what they stand for
 Start = Callable[[Any, list[Any]], list[ray.ObjectRef]]
 
 ATTEMPTS = 3  # how often one client may take its worker down before it is the client's fault
@@ -80,6 +81,20 @@ class Resources:
         return replace(self, num_workers=count, clients_per_worker="auto", num_gpus=each)
 
 
+def send(task: Task) -> Sent:
+    """Put a task, and the pre-trained models that this process holds, into shared memory: once for every node."""
+    held = hugging_face.held()
+    return [ray.put(task), *([ray.put(held)] if held else [])]
+
+
+def receive(sent: Sent) -> Task:
+    """The task; pre-trained models that it asks for are those in shared memory from now on."""
+    task, *held = ray.get(sent)
+    for models in held:
+        hugging_face.hold(models)
+    return task
+
+
 class Crash(str):
     """Why a share has no result: what it does to its worker, for a message."""
 
@@ -95,11 +110,11 @@ class _Worker:
         self._learner: Learner | None = None
         self._job: tuple[bytes, Job] | None = None
 
-    def ready(self, task: TaskRef) -> dict[str, Any]:
+    def ready(self, task: Sent) -> dict[str, Any]:
         node, device = ray.get_runtime_context().get_node_id(), str(self._learn(task).device)
         return {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), "device": device}
 
-    def fold(self, task: TaskRef, job: bytes, broadcast: Any, share: list[Unit], *states: Any) -> tuple[Any, ...]:
+    def fold(self, task: Sent, job: bytes, broadcast: Any, share: list[Unit], *states: Any) -> tuple[Any, ...]:
         if states:
             held = iter(states)
             share = [[replace(client, state=next(held)) for client in unit] for unit in share]
@@ -110,7 +125,7 @@ class _Worker:
     def merge(self, job: bytes, left: Any, right: Any) -> Any:
         return self._loaded(job).aggregator.merge(left, right)
 
-    def map(self, task: TaskRef, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
+    def map(self, task: Sent, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
         return map_items(self._learn(task), fn, items)
 
     def _loaded(self, job: bytes) -> Job:
@@ -118,21 +133,34 @@ class _Worker:
             self._job = job, ray.cloudpickle.loads(job)
         return self._job[1]
 
-    def _learn(self, task: TaskRef) -> Learner:
+    def _learn(self, task: Sent) -> Learner:
         # not the constructor's work: Ray would have to keep a constructor's arguments for a restart
         if self._learner is None:
-            self._learner = Learner(ray.get(task[0]), self._device, self._execution)
+            self._learner = Learner(receive(task), self._device, self._execution)
         return self._learner
+
+
+def start_workers(resources: Resources, execution: Execution) -> list[Any]:
+    """Worker actors with resources that are resolved; they come up while the caller goes on."""
+    actor: Any = ray.remote(_Worker).options(
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        scheduling_strategy="SPREAD" if resources.placement == "spread" else "DEFAULT",
+        max_restarts=-1,
+    )
+    assert isinstance(resources.num_workers, int)
+    return [actor.remote(resources.device, resources.threads, execution) for _ in range(resources.num_workers)]
 
 
 class RayBackend:
     """Worker actors on the Ray cluster that this process is connected to.
 
     Args:
-        task: What is learnt, or a reference to it; sent to every node once.
+        task: What is learnt, or what `send` made of it; held in memory once a node.
         cohort: The size of a cohort, for choosing the number of workers.
         resources: What the workers reserve.
         execution: How clients are computed.
+        actors: What `start_workers` made of the same resources; None to start them.
 
     Raises:
         ConfigError: the workers do not fit into the cluster.
@@ -141,26 +169,18 @@ class RayBackend:
 
     def __init__(
         self,
-        task: "Task | ray.ObjectRef",
+        task: "Task | Sent",
         cohort: int,
         resources: Resources = Resources(),
         execution: Execution = ONE_BY_ONE,
+        actors: list[Any] | None = None,
     ) -> None:
         travel_as_arrays()
         carry_users_modules()
         self.resources = resources = resources.resolve(ray.cluster_resources(), cohort)
         # held for as long as the workers live: one that is restarted asks for it again
-        self._task = task if isinstance(task, ray.ObjectRef) else ray.put(task)
-        actor: Any = ray.remote(_Worker).options(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            scheduling_strategy="SPREAD" if resources.placement == "spread" else "DEFAULT",
-            max_restarts=-1,
-        )
-        assert isinstance(resources.num_workers, int)
-        self._workers = [
-            actor.remote(resources.device, resources.threads, execution) for _ in range(resources.num_workers)
-        ]
+        self._task = task if isinstance(task, list) else send(task)
+        self._workers = start_workers(resources, execution) if actors is None else actors
         self._group = execution.size
         self._drop = resources.on_client_error == "drop"
         self._costs = Costs()
@@ -173,7 +193,7 @@ class RayBackend:
         asked = self.resources
         try:
             return ray.get(
-                [worker.ready.options(max_task_retries=-1).remote([self._task]) for worker in self._workers],
+                [worker.ready.options(max_task_retries=-1).remote(self._task) for worker in self._workers],
                 timeout=asked.start_timeout,
             )
         except GetTimeoutError:
@@ -205,7 +225,7 @@ class RayBackend:
             # states are values of their own among the results, so that they outlive the worker and can go to another
             states = [self.client_states.of(client) for client in members(share)] if keeps_state else []
             call = worker.fold.options(num_returns=2 + len(states))
-            return call.remote([self._task], told, sent, share, *states)
+            return call.remote(self._task, told, sent, share, *states)
 
         costs = self._costs if metered else None  # the parts of an evaluation are no clients
         cut = units(cohort, self._group if grouped else 1, self.client_states.has)
@@ -250,7 +270,7 @@ class RayBackend:
         """``[fn(learner, item) for item in items]``, each item wherever a worker is free."""
 
         def start(worker: Any, share: list[int]) -> list[ray.ObjectRef]:
-            return [worker.map.remote([self._task], fn, [items[i] for i in share])]
+            return [worker.map.remote(self._task, fn, [items[i] for i in share])]
 
         results: dict[int, Any] = {}
         for [i], value, _ in self._run(start, [[i] for i in range(len(items))]):
@@ -294,7 +314,7 @@ class RayBackend:
                 if not share:  # it was restarting, and died again
                     raise FedrayError(f"a worker cannot be restarted: {error}") from None
                 # with retries this call waits until Ray has restarted the worker
-                running[worker.ready.options(max_task_retries=-1).remote([self._task])] = worker, [], 0, []
+                running[worker.ready.options(max_task_retries=-1).remote(self._task)] = worker, [], 0, []
                 parts = _parts(share, attempt)
                 queue.extend((part, attempt + 1) for part in parts)
                 if parts:

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.backends import Stop
-from fedray.backends.ray.backend import RayBackend, Resources
+from fedray.backends.ray.backend import RayBackend, Resources, Sent, receive, send, start_workers
 from fedray.backends.ray.cluster import carry_users_modules, connected
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.errors import FedrayError
@@ -31,10 +31,10 @@ class _Driver:
         self._stop = threading.Event()
 
     def run(
-        self, experiment: Experiment, task: list[ray.ObjectRef], folder: str, resources: Resources
+        self, experiment: Experiment, task: Sent, folder: str, resources: Resources, workers: list[Any]
     ) -> Iterator[Record]:
-        experiment = replace(experiment, task=ray.get(task[0]))
-        backend = RayBackend(task[0], experiment.cohort, resources, experiment.execution)
+        experiment = replace(experiment, task=receive(task))
+        backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers)
         logger.info("%d workers: %s", len(backend.workers), backend.workers)
         yield from train(experiment, Path(folder), backend, self._stop.is_set)
 
@@ -61,12 +61,13 @@ def drive(
             resources.num_cpus,
             resources.num_gpus,
         )
-        task = ray.put(experiment.task)
+        task = send(experiment.task)
+        workers = start_workers(resources, experiment.execution)  # here, so that they come up beside the driver
         experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets go of it
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
         driver = actor.remote(resources.threads)
-        records = driver.run.options(num_returns="streaming").remote(experiment, [task], str(folder), resources)
+        records = driver.run.options(num_returns="streaming").remote(experiment, task, str(folder), resources, workers)
         told = False
         try:
             while True:
