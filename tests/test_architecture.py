@@ -67,7 +67,7 @@ def test_only_the_ray_backend_imports_ray(path):
 
 @everywhere
 def test_backends_are_for_those_who_start_runs(path):
-    starters = ("fedray.backends", "fedray.experiment", "fedray.runs", "fedray.cli")
+    starters = ("fedray.backends", "fedray.experiment", "fedray.runs", "fedray.calibrate", "fedray.cli")
     if not within(dotted(path), *starters):
         assert not [name for name in imported(parsed(path)) if within(name, "fedray.backends")]
 
