@@ -36,7 +36,7 @@ class CompiledStep:
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a batch, filled up to its size."""
-        return rows[torch.arange(self._size) % len(rows)]
+        return rows if len(rows) == self._size else rows[torch.arange(self._size) % len(rows)]
 
     def __call__(self, batch: "Columns", count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The mean loss and the gradients of the first ``count`` examples of a batch that is filled up.
