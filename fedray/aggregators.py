@@ -6,7 +6,7 @@ parts equals folding the cohort, to the bit.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -98,6 +98,29 @@ def collect(report: Callable[[list[Any]], Any] = list) -> Aggregator:
 
     return Aggregator(
         dict, accumulate, lambda a, b: {**a, **b}, lambda acc: report([acc[slot] for slot in sorted(acc)]), grows=True
+    )
+
+
+def with_members(inner: Aggregator) -> Aggregator:
+    """Another aggregation, beside the clients that are in it, in the order of the cohort: ``(aggregate, clients)``."""
+
+    def named(clients: Sequence[Client]) -> dict[int, Client]:
+        return {client.slot: replace(client, state=None) for client in clients}
+
+    def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
+        return inner.accumulate(acc[0], client, result), acc[1] | named([client])
+
+    def accumulate_group(acc: Any, clients: Sequence[Client], result: ClientResult) -> Any:
+        assert inner.accumulate_group is not None
+        return inner.accumulate_group(acc[0], clients, result), acc[1] | named(clients)
+
+    return replace(
+        inner,
+        zero=lambda: (inner.zero(), {}),
+        accumulate=accumulate,
+        merge=lambda a, b: (inner.merge(a[0], b[0]), a[1] | b[1]),
+        report=lambda acc: (inner.report(acc[0]), [acc[1][slot] for slot in sorted(acc[1])]),
+        together=Together(accumulate, accumulate_group) if inner.accumulate_group else None,
     )
 
 

@@ -9,6 +9,7 @@ Registry = Mapping[str, Callable[..., Any]]
 KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type of a parameter that takes one
     "algorithms": ("fedray.algorithms:ALGORITHMS", "fedray.algorithm:FederatedAlgorithm"),
     "aggregators": ("fedray.aggregators:AGGREGATORS", "fedray.aggregators:Aggregator"),
+    "privacy": ("fedray.privacy:MECHANISMS", "fedray.privacy:Mechanism"),
     "server_optimizers": ("fedray.server_optimizers:SERVER_OPTIMIZERS", "fedray.server_optimizers:ServerOptimizer"),
     "tasks": ("fedray.tasks:TASKS", "fedray.learner:Task"),
     "datasets": ("fedray.data:DATASETS", "fedray.data:Dataset"),

@@ -92,7 +92,7 @@ def obstacle(task: "Task", model: torch.nn.Module) -> str | None:
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"{path} draws random numbers"
-    return None if _is_stackable(task, model) else "its examples, or its layers, are not independent of each other"
+    return None if is_stackable(task, model) else "its examples, or its layers, are not independent of each other"
 
 
 def dependence(task: "Task", model: torch.nn.Module) -> str | None:
@@ -105,7 +105,7 @@ def dependence(task: "Task", model: torch.nn.Module) -> str | None:
     return None
 
 
-def _is_stackable(task: "Task", model: torch.nn.Module) -> bool:
+def is_stackable(task: "Task", model: torch.nn.Module) -> bool:
     """A trial: whether two clients with unlike params have the same losses and gradients together as one by one."""
     draw = torch.Generator().manual_seed(0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,6 +1,7 @@
 """Local training. The model is scratch space: every call first loads the params that it is given."""
 
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,10 +13,12 @@ from fedray.compiled import CompiledStep
 from fedray.errors import ConfigError
 from fedray.execution import ONE_BY_ONE, Execution
 from fedray.frozen import head_only
-from fedray.groups import Group
+from fedray.groups import Group, dependence, is_stackable
 from fedray.groups import train as train_group
 from fedray.local_training import Gradients, LocalResult, LocalTraining, num_examples, stepper
-from fedray.stacked import StackedModel
+from fedray.per_example import GradientsOf, one_by_one, private, together
+from fedray.privacy import Mechanism
+from fedray.stacked import StackedModel, unknown_layer
 from fedray.trees import Params
 
 Columns = dict[str, torch.Tensor]  # examples: tensors that share their first dimension
@@ -160,6 +163,7 @@ class Learner:
         proximal: float = 0.0,
         loss: LossFunction | None = None,
         examples: Columns | None = None,
+        privacy: Mechanism | None = None,
     ) -> LocalResult:
         """Train from ``start`` on a client's examples.
 
@@ -171,30 +175,44 @@ class Learner:
             proximal: μ of a term μ/2·‖params − start‖², whose gradient is added exactly.
             loss: Instead of the task's loss.
             examples: Instead of the client's examples; may have more columns, which the loss then meets.
+            privacy: Whose noise every step gets; None for no noise.
         """
         if isinstance(client, Group):
-            if loss is not None or examples is not None:
+            if loss is not None or examples is not None or privacy is not None:
                 raise ValueError(
-                    "a group trains with its task's loss and examples; call map_reduce without grouped=True"
+                    "a group trains with its task's loss and examples, and without noise; "
+                    "call map_reduce without grouped=True"
                 )
             return train_group(self, start, client, local, correction, proximal)
+        if privacy is not None and privacy.unit == "example" and self._buffers:
+            raise ValueError(
+                "dp_sgd bounds what an example does to gradients, but BatchNorm's statistics are sent as they are; "
+                "use a model with group norm"
+            )
         self.load(start).train()
         step = stepper(list(self._trained.values()), self._trained, start, local, client.round, correction, proximal)
         examples = self.task.examples(client.id) if examples is None else examples
         length = num_examples(examples)
         gradients_of = self._gradients(local.batch_size, loss)
+        batches_of = local.batches
+        if privacy is not None:
+            examples_gradients_of = self._examples_gradients(gradients_of, loss)
+            gradients_of = private(
+                gradients_of, examples_gradients_of, self._trained, privacy, local.rate(length) * length, client.seed
+            )
+            batches_of = local.poisson_batches if privacy.unit == "example" else local.batches
         num_steps = num_seen = 0
         total_loss = torch.zeros((), device=self.device)
         generator = torch.Generator().manual_seed(client.seed)
         seed_draws(client.seed, self.device)  # for dropout and the like; the worker restores the caller's generator
         batch_of = self.ready(examples, generator)
-        for rows in local.batches(length, generator):
+        for rows in batches_of(length, generator):
             batch_loss, gradients = gradients_of(batch_of, rows)
             with torch.no_grad():
                 step(gradients)
                 total_loss += batch_loss * len(rows)
             num_steps, num_seen = num_steps + 1, num_seen + len(rows)
-        return LocalResult(self.params(), num_steps, length, total_loss.item() / num_seen)
+        return LocalResult(self.params(), num_steps, length, total_loss.item() / max(1, num_seen))
 
     def _gradients(self, size: int, loss: LossFunction | None) -> Callable[..., tuple[torch.Tensor, Gradients]]:
         """The mean loss of the scratch model over a batch, and its gradients: a function of ``ready``'s and of rows."""
@@ -210,6 +228,21 @@ class Learner:
             self._compiled[size] = CompiledStep(self.task, self.model, self._trained, size)
         step = self._compiled[size]
         return lambda batch_of, rows: step(batch_of(step.rows(rows)), len(rows))
+
+    def _examples_gradients(self, gradients_of: GradientsOf, loss: LossFunction | None) -> GradientsOf:
+        """The loss of each example and its own gradients, in one backward pass where the layers allow it."""
+        losses = self.task.losses
+        if loss is not None or losses is None or not self._is_stackable:
+            return partial(one_by_one, gradients_of)
+        return partial(together, self.stacked(), self._trained, losses)
+
+    @cached_property
+    def _is_stackable(self) -> bool:
+        kept = self.params()
+        found = dependence(self.task, self.model) is None and unknown_layer(self.model) is None
+        found = found and is_stackable(self.task, self.model)
+        self.load(kept)  # the trial wrote into the scratch model
+        return found
 
     def features(self, params: Params, examples: Columns) -> torch.Tensor:
         """``model.features`` of every example, shape (n, d), in evaluation mode."""

@@ -64,9 +64,22 @@ class LocalTraining:
         """The learning rate of a round (1-based)."""
         return self.local_lr * self.local_lr_decay ** (round - 1)
 
+    def num_steps(self, length: int) -> int:
+        """Steps of a round on so many examples."""
+        return self.local_steps or -(-length // self.batch_size) * self.local_epochs
+
+    def rate(self, length: int) -> float:
+        """The expected share of so many examples in a batch."""
+        return min(1.0, self.batch_size / length)
+
+    def poisson_batches(self, length: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """The rows of each step's batch, which has each with the same probability; there may be none."""
+        for _ in range(self.num_steps(length)):
+            yield (torch.rand(length, generator=generator, dtype=torch.float64) < self.rate(length)).nonzero()[:, 0]
+
     def batches(self, length: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
         """The rows of each step's batch, out of ``length``; the last of an epoch may be smaller."""
-        steps_left = self.local_steps or -(-length // self.batch_size) * self.local_epochs
+        steps_left = self.num_steps(length)
         while True:
             order = torch.randperm(length, generator=generator) if self.shuffle else torch.arange(length)
             for rows in order.split(self.batch_size):

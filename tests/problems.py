@@ -211,7 +211,10 @@ def chooses_aggregator(name: str) -> bool:
 
 # MOON compares representations, which a linear regression has not
 BASIC = [Exam(name, "blobs" if name == "moon" else "regression") for name in ALGORITHMS]
-GROUPED = [Exam(name, "blobs", group=3) for name in ("fedavg", "fedprox", "fedadam", "scaffold", "fednova", "feddyn")]
+GROUPED = [
+    Exam(name, "blobs", group=3)
+    for name in ("fedavg", "fedprox", "fedadam", "scaffold", "fednova", "feddyn", "dp_fedavg")
+]
 VARIANTS = ("fedavgm", "fedadagrad", "fedadam", "fedyogi")  # whose clients do what FedAvg's do
 EXAMS = [
     *BASIC,

@@ -22,6 +22,7 @@ from fedray.aggregators import (
     norm_bound,
     total,
     trimmed_mean,
+    with_members,
 )
 from fedray.algorithm import Client, ClientResult
 from fedray.algorithms.fedavg import fedavg
@@ -138,6 +139,14 @@ def test_a_mean_needs_weight(weights: tuple[int, int]):
     members = [(Client(k, 0), ClientResult({"x": torch.ones(1)}, w)) for k, w in enumerate(weights)]
     with pytest.raises(ValueError, match=r"the weights of the cohort sum to 0.0; a mean needs a positive sum"):
         aggregate(mean(), members)
+
+
+def test_members_come_in_the_order_of_the_cohort_and_without_what_they_keep():
+    members = [(replace(client, state={"kept": torch.ones(2)}), result) for client, result in cohort()]
+    rule = with_members(mean())
+    found, clients = rule.report(rule.merge(fold(rule, members[4:]), fold(rule, members[3::-1])))
+    assert clients == [client for client, _ in cohort()]
+    assert_same_bits(found, aggregate(mean(), members))
 
 
 def test_collect_keeps_the_order_of_the_cohort():

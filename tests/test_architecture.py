@@ -78,6 +78,7 @@ ONLY_FROM = {
     "fedray.errors": (),
     "fedray.algorithm": ("fedray.trees",),
     "fedray.server_optimizers": ("fedray.trees",),
+    "fedray.privacy": ("fedray.errors", "fedray.trees"),
     "fedray.peft": ("fedray.peft", "fedray.errors"),
     "fedray.models": ("fedray.models", "fedray.data.dataset", "fedray.errors", "fedray.peft"),
     "fedray.data": ("fedray.data", "fedray.errors"),
@@ -87,6 +88,8 @@ ONLY_FROM = {
         "fedray.aggregators",
         "fedray.learner",
         "fedray.local_training",
+        "fedray.privacy",
+        "fedray.seeds",
         "fedray.server_optimizers",
         "fedray.trees",
     ),
@@ -147,6 +150,7 @@ def test_algorithms_load_neither_ray_nor_what_only_some_runs_need():
         "PIL",
         "soundfile",
         "rich",
+        "dp_accounting",
     }
     assert not algorithms & heavy
     assert not everything & (heavy - {"matplotlib"})  # which the report is drawn with

@@ -38,6 +38,7 @@ SENT = {
     "fednova": (1, 1, 8),  # and ‖a_i‖₁, a number
     "feddyn": (1, 1, 0),
     "moon": (1, 1, 0),
+    "dp_fedavg": (1, 1, 0),
     "local_only": (0, 0, 0),
     "centralized": (0, 0, 0),
 }

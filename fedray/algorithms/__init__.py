@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from fedray.algorithm import FederatedAlgorithm
 from fedray.algorithms.baselines import centralized, local_only
+from fedray.algorithms.dp_fedavg import dp_fedavg
 from fedray.algorithms.fedavg import fedavg
 from fedray.algorithms.feddyn import feddyn
 from fedray.algorithms.fednova import fednova
@@ -23,6 +24,7 @@ ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
     "fednova": fednova,
     "feddyn": feddyn,
     "moon": moon,
+    "dp_fedavg": dp_fedavg,
     "local_only": local_only,
     "centralized": centralized,
 }
