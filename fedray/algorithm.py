@@ -70,6 +70,7 @@ class Backend(Protocol):
         keeps_state: bool = False,
         metered: bool = True,
         grouped: bool = False,
+        received: Callable[[Client], int] | None = None,
     ) -> tuple[Any, Metrics]:
         """Run ``client_update`` on the cohort; return the aggregate and the mean metrics.
 
@@ -78,7 +79,8 @@ class Backend(Protocol):
         kept only when the whole round is done. ``metered=False`` says that a federation would not send any of
         this (an evaluation, a baseline without communication), so the ledger does not count it. ``grouped=True``
         says that ``client_update`` consists of local training and elementwise tree arithmetic, so that it may be
-        called with a `fedray.groups.Group` for a client.
+        called with a `fedray.groups.Group` for a client. ``received`` says how many bytes a federation would send to
+        a client, if not the broadcast's.
         """
         ...
 

@@ -17,6 +17,7 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "models": ("fedray.models:MODELS", "fedray.tasks.classification:ModelBuilder"),
     "language_models": ("fedray.models:LANGUAGE_MODELS", "fedray.tasks.language:LanguageModelBuilder"),
     "methods": ("fedray.peft:METHODS", "fedray.peft:Method"),
+    "averagings": ("fedray.peft.averaging:AVERAGINGS", "fedray.peft.averaging:Averaging"),
     "samplers": ("fedray.samplers:SAMPLERS", "fedray.rounds:Sampler"),
     "backends": ("fedray.backends:BACKENDS", "fedray.backends:Launcher"),
     "trackers": ("fedray.trackers:TRACKERS", "fedray.trackers:TrackerFactory"),

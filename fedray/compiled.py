@@ -38,8 +38,8 @@ class CompiledStep:
         """Rows of a batch, filled up to its size."""
         return rows if len(rows) == self._size else rows[torch.arange(self._size) % len(rows)]
 
-    def __call__(self, batch: "Columns", count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The mean loss and the gradients of the first ``count`` examples of a batch that is filled up.
+    def __call__(self, batch: "Columns", count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The mean loss and the gradients, by name, of the first ``count`` examples of a batch that is filled up.
 
         Raises:
             FedrayError: the step cannot be compiled, or not rightly.
@@ -47,20 +47,20 @@ class CompiledStep:
         device = next(iter(batch.values())).device
         weights = torch.arange(self._size, device=device).lt(count) / count
         params = {f"model.{name}": p.detach() for name, p in self._params.items()}
-        if self._is_checked:
-            gradients, loss = self._step(params, batch, weights)
-            return loss, [gradients[name] for name in params]
         try:
-            gradients, loss = self._step(params, batch, weights)
+            found, loss = self._step(params, batch, weights)
         except Exception as error:
+            if self._is_checked:
+                raise
             raise FedrayError(
                 f"this model's training step cannot be compiled ({' '.join(str(error).split())[:300]}); "
                 "set compile=false, or see that there is a C++ compiler (g++ or clang++)"
             ) from error
-        found = [loss, *(gradients[name] for name in params)]
-        self._check({name: column[:count] for name, column in batch.items()}, found)
-        self._is_checked = True
-        return found[0], found[1:]
+        gradients = {name: found[f"model.{name}"] for name in self._params}
+        if not self._is_checked:
+            self._check({name: column[:count] for name, column in batch.items()}, [loss, *gradients.values()])
+            self._is_checked = True
+        return loss, gradients
 
     def _check(self, batch: "Columns", found: list[torch.Tensor]) -> None:
         """Once, compare with what the model itself computes, if it draws no random numbers."""

@@ -101,7 +101,8 @@ def experiment(
         _resolved(execution, learner, cohort),
         profile,
     )
-    draw(made.population, cohort, sampler, seed, 1)  # and so does a sampler that cannot draw
+    draw(made.population, cohort, sampler, seed, 1)  # and so does a sampler that cannot draw,
+    algorithm.init(learner.params())  # and an algorithm that cannot train such a model
     return Plan(made, backend, trackers or ())
 
 

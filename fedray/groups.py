@@ -9,7 +9,7 @@ Tensors of a group are stacked, shape (clients, ...). Numbers are numpy vectors,
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,21 +171,24 @@ def train(
     local: LocalTraining,
     correction: Params | None = None,
     proximal: float = 0.0,
+    only: Collection[str] | None = None,
 ) -> LocalResult:
     """`Learner.train` for a group; ``start`` and ``correction`` may be stacked, or the same for all.
 
     Members make as many steps as they would alone; one that is done waits for the others.
     """
     count = len(group.members)
+    learner.freeze(start)
     params = {
-        name: start[name].to(learner.device).expand(count, *shape).clone().requires_grad_()
+        name: start[name].to(learner.device).expand(count, *shape).clone().requires_grad_(only is None or name in only)
         for name, shape in learner.shapes.items()
     }
-    model, leaves = learner.stacked(), list(params.values())
+    moving = {name: p for name, p in params.items() if p.requires_grad}
+    model, leaves = learner.stacked(), list(moving.values())
     # a step that is nothing but lr times the gradient is made by the backward pass, as far as it can
     plain = local.is_plain_sgd and correction is None and not proximal
     lr = local.lr(group.round)
-    step = stepper(leaves, params, start, local, group.round, correction, proximal, stacked=True)
+    step = stepper(leaves, moving, start, local, group.round, correction, proximal, stacked=True)
     num_steps, num_seen = np.zeros(count, int), np.zeros(count, int)
     total_loss = torch.zeros(count, device=learner.device)
     losses = learner.task.losses

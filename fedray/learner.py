@@ -1,6 +1,6 @@
 """Local training. The model is scratch space: every call first loads the params that it is given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -114,6 +114,8 @@ class Learner:
         self.model = model.to(memory_format=self._format) if last else model  # type: ignore[call-overload]
         self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._buffers = _running_statistics(self.model, task.average_buffers)
+        self._frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        self._pretrained: dict[str, torch.Tensor] = {}  # of frozen params that are another's for now
         self._kept = [buffer for name, buffer in self.model.named_buffers() if name not in self._buffers]
         self._initially = [buffer.clone() for buffer in self._kept]
         self._stacked: StackedModel | None = None
@@ -132,13 +134,26 @@ class Learner:
         return {name: p.shape for name, p in self._trained.items()}
 
     def load(self, params: Params) -> torch.nn.Module:
-        """Copy ``params`` into the scratch model, and return it."""
+        """Copy ``params`` into the scratch model, and return it.
+
+        They may hold frozen parameters too, which an algorithm has changed; the others are the model's own.
+        """
         own = {**self._trained, **self._buffers}
-        if params.keys() != own.keys():
-            raise ValueError(f"the params differ from the model's in {sorted(params.keys() ^ own.keys())}")
+        odd = (own.keys() - params.keys()) | (params.keys() - own.keys() - self._frozen.keys())
+        if odd:
+            raise ValueError(f"the params differ from the model's in {sorted(odd)}")
         with torch.no_grad(), self.clock("load"):
             torch._foreach_copy_(list(own.values()), [params[name] for name in own])
+        self.freeze(params)
         return self.fresh()
+
+    def freeze(self, params: Params) -> None:
+        """Let frozen parameters be those in ``params``, and the model's own where it has none."""
+        for name in [name for name in self._pretrained if name not in params]:
+            self._frozen[name].data = self._pretrained.pop(name)
+        for name in params.keys() & self._frozen.keys():  # replaced, not written to: other models may share them
+            self._pretrained.setdefault(name, self._frozen[name].data)
+            self._frozen[name].data = params[name].to(self.device)
 
     def fresh(self) -> torch.nn.Module:
         """The scratch model, where layers find what they keep from step to step as it was in the beginning."""
@@ -163,6 +178,7 @@ class Learner:
         proximal: float = 0.0,
         loss: LossFunction | None = None,
         examples: Columns | None = None,
+        only: Collection[str] | None = None,
         privacy: Mechanism | None = None,
     ) -> LocalResult:
         """Train from ``start`` on a client's examples.
@@ -175,6 +191,7 @@ class Learner:
             proximal: μ of a term μ/2·‖params − start‖², whose gradient is added exactly.
             loss: Instead of the task's loss.
             examples: Instead of the client's examples; may have more columns, which the loss then meets.
+            only: The names of the params that are trained; None for all.
             privacy: Whose noise every step gets; None for no noise.
         """
         if isinstance(client, Group):
@@ -183,23 +200,21 @@ class Learner:
                     "a group trains with its task's loss and examples, and without noise; "
                     "call map_reduce without grouped=True"
                 )
-            return train_group(self, start, client, local, correction, proximal)
+            return train_group(self, start, client, local, correction, proximal, only)
         if privacy is not None and privacy.unit == "example" and self._buffers:
             raise ValueError(
                 "dp_sgd bounds what an example does to gradients, but BatchNorm's statistics are sent as they are; "
                 "use a model with group norm"
             )
         self.load(start).train()
-        step = stepper(list(self._trained.values()), self._trained, start, local, client.round, correction, proximal)
+        params = {name: p for name, p in self._trained.items() if only is None or name in only}
+        step = stepper(list(params.values()), params, start, local, client.round, correction, proximal)
         examples = self.task.examples(client.id) if examples is None else examples
         length = num_examples(examples)
-        gradients_of = self._gradients(local.batch_size, loss)
-        batches_of = local.batches
+        gradients_of, batches_of = self._gradients(params, local.batch_size, loss), local.batches
         if privacy is not None:
-            examples_gradients_of = self._examples_gradients(gradients_of, loss)
-            gradients_of = private(
-                gradients_of, examples_gradients_of, self._trained, privacy, local.rate(length) * length, client.seed
-            )
+            each, expected = self._examples_gradients(params, gradients_of, loss), local.rate(length) * length
+            gradients_of = private(gradients_of, each, params, privacy, expected, client.seed)
             batches_of = local.poisson_batches if privacy.unit == "example" else local.batches
         num_steps = num_seen = 0
         total_loss = torch.zeros((), device=self.device)
@@ -214,34 +229,42 @@ class Learner:
             num_steps, num_seen = num_steps + 1, num_seen + len(rows)
         return LocalResult(self.params(), num_steps, length, total_loss.item() / max(1, num_seen))
 
-    def _gradients(self, size: int, loss: LossFunction | None) -> Callable[..., tuple[torch.Tensor, Gradients]]:
+    def _gradients(
+        self, params: Params, size: int, loss: LossFunction | None
+    ) -> Callable[..., tuple[torch.Tensor, Gradients]]:
         """The mean loss of the scratch model over a batch, and its gradients: a function of ``ready``'s and of rows."""
-        params, loss_of = list(self._trained.values()), loss or self.task.loss
+        loss_of = loss or self.task.loss
 
         def plain(batch_of: Callable[[torch.Tensor], Columns], rows: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
             batch_loss = loss_of(self.model, batch_of(rows))
-            return batch_loss.detach(), torch.autograd.grad(batch_loss, params, materialize_grads=True)
+            return batch_loss.detach(), torch.autograd.grad(batch_loss, list(params.values()), materialize_grads=True)
 
         if loss is not None or not self._compiles:
             return plain
         if size not in self._compiled:
             self._compiled[size] = CompiledStep(self.task, self.model, self._trained, size)
         step = self._compiled[size]
-        return lambda batch_of, rows: step(batch_of(step.rows(rows)), len(rows))
 
-    def _examples_gradients(self, gradients_of: GradientsOf, loss: LossFunction | None) -> GradientsOf:
+        def compiled(batch_of: Callable[[torch.Tensor], Columns], rows: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+            batch_loss, gradients = step(batch_of(step.rows(rows)), len(rows))
+            return batch_loss, [gradients[name] for name in params]
+
+        return compiled
+
+    def _examples_gradients(self, params: Params, gradients_of: GradientsOf, loss: LossFunction | None) -> GradientsOf:
         """The loss of each example and its own gradients, in one backward pass where the layers allow it."""
         losses = self.task.losses
         if loss is not None or losses is None or not self._is_stackable:
             return partial(one_by_one, gradients_of)
-        return partial(together, self.stacked(), self._trained, losses)
+        return partial(together, self.stacked(), self._trained, params, losses)
 
     @cached_property
     def _is_stackable(self) -> bool:
-        kept = self.params()
+        kept = [p.detach().clone() for p in self._trained.values()]
         found = dependence(self.task, self.model) is None and unknown_layer(self.model) is None
         found = found and is_stackable(self.task, self.model)
-        self.load(kept)  # the trial wrote into the scratch model
+        with torch.no_grad():  # the trial wrote into the scratch model
+            torch._foreach_copy_(list(self._trained.values()), kept)
         return found
 
     def features(self, params: Params, examples: Columns) -> torch.Tensor:

@@ -56,15 +56,15 @@ class Ledger:
         """Start counting a round."""
         self.up = self.down = self.down_each = 0
 
-    def book(self, up: int, down_each: int, num_clients: int) -> None:
-        """Count one exchange of the cohort: ``up`` bytes in all, ``down_each`` for every client."""
+    def book(self, up: int, down: Sequence[int]) -> None:
+        """Count one exchange of the cohort: ``up`` bytes in all, ``down`` for each client."""
         self.up += up
         self.up_total += up
-        self.down_each += down_each
-        self._book_down(down_each * num_clients)
+        self.down_each += max(down, default=0)
+        self._book_down(sum(down))
 
     def book_dropped(self, num_clients: int) -> None:
-        """Count clients that received all of this round's broadcasts and sent nothing."""
+        """Count clients that sent nothing, and received as much in this round as any other."""
         self._book_down(self.down_each * num_clients)
 
     def _book_down(self, count: int) -> None:
@@ -97,15 +97,17 @@ class MeteredBackend:
         keeps_state: bool = False,
         metered: bool = True,
         grouped: bool = False,
+        received: Callable[[Client], int] | None = None,
     ) -> tuple[Any, Metrics]:
         """Run the cohort; see `fedray.algorithm.Backend`."""
         if not metered:
             return self.backend.map_reduce(client_update, broadcast, cohort, aggregator, keeps_state, grouped=grouped)
-        down_each = payload_bytes(broadcast)
+        size = payload_bytes(broadcast) if received is None else 0
+        down = [size if received is None else received(client) for client in cohort]
         (aggregate, sent), metrics = self.backend.map_reduce(
             client_update, broadcast, cohort, _weighing(aggregator), keeps_state, grouped=grouped
         )
-        self.ledger.book(sent, down_each, len(cohort))
+        self.ledger.book(sent, down)
         return aggregate, metrics
 
     def map(self, fn: Callable[..., Any], items: Sequence[Any]) -> list[Any]:

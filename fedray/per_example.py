@@ -28,14 +28,23 @@ def one_by_one(gradients_of: GradientsOf, batch_of: BatchOf, rows: torch.Tensor)
 
 
 def together(
-    model: StackedModel, params: Params, losses: "LossFunction", batch_of: BatchOf, rows: torch.Tensor
+    model: StackedModel,
+    trained: Params,
+    params: Params,
+    losses: "LossFunction",
+    batch_of: BatchOf,
+    rows: torch.Tensor,
 ) -> tuple[torch.Tensor, Gradients]:
-    """The same in one backward pass: a group in which every example is a client, and all have the same params."""
-    count = len(rows)
+    """The same in one backward pass: a group in which every example is a client, and all have the same params.
+
+    ``params`` are those among the ``trained`` whose gradients are asked for.
+    """
     # views of the params: only their gradients take the memory of so many copies
-    stacked = {name: p.detach().expand(count, *p.shape).requires_grad_() for name, p in params.items()}
+    stacked = {
+        name: p.detach().expand(len(rows), *p.shape).requires_grad_(name in params) for name, p in trained.items()
+    }
     each = model.run(stacked, losses, batch_of(rows))
-    gradients = torch.autograd.grad(each.sum(), list(stacked.values()), materialize_grads=True)
+    gradients = torch.autograd.grad(each.sum(), [stacked[name] for name in params], materialize_grads=True)
     return each.detach(), gradients
 
 

@@ -114,6 +114,8 @@ class _Product(torch.autograd.Function):
         (dy,) = outputs
         x, weight = ctx.saved_tensors
         dx = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
         if ctx.of.lr is None or ctx.of.uses[ctx.key] > 1:
             return dx, torch.bmm(dy.mT, x), None  # in the weight's own layout, which makes the step cheaper
         weight.baddbmm_(dy.mT, x, alpha=-ctx.of.lr)

@@ -23,6 +23,8 @@ from fedray.experiment import Experiment
 from fedray.learner import Columns, Learner
 from fedray.local_training import LocalTraining
 from fedray.models import Classifier
+from fedray.peft.averaging import AVERAGINGS
+from fedray.peft.library import lora
 from fedray.rounds import Round, rounds
 from fedray.samplers import Population, over_selection
 
@@ -127,6 +129,16 @@ def blobs() -> Problem:
     return _classification((4,), lambda: Classifier(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), 6, 3))
 
 
+def adapted() -> Problem:
+    """Classification of points by a frozen perceptron with LoRA, and a head that is trained as a whole."""
+
+    def build() -> nn.Module:
+        trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh())
+        return Classifier(lora(trunk, rank=3, targets=["0", "2"]), 5, 3)
+
+    return _classification((4,), build)
+
+
 def images() -> Problem:
     """Classification of images by a convolutional net with dropout, on augmented examples."""
     layers = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten())  # noqa: E731
@@ -164,7 +176,12 @@ def slopes(directions: list[list[float]], sizes: list[int]) -> Problem:
     return Problem(parts, parts[0], lambda: Point(g.shape[1]), loss)
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {"regression": regression, "blobs": blobs, "images": images}
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "regression": regression,
+    "blobs": blobs,
+    "images": images,
+    "adapted": adapted,
+}
 LOCAL = LocalTraining(local_lr=0.05, local_epochs=2, batch_size=4, local_lr_decay=0.9)
 OPTIONS: dict[str, dict[str, Any]] = {  # where the default would not show on tiny tasks
     "trimmed_mean": {"trim": 0.3},
@@ -181,10 +198,12 @@ class Exam:
     problem: str = "regression"
     aggregator: str | None = None
     group: int = 1
+    averaging: str | None = None
 
     def __str__(self) -> str:
         group = f"{self.group}_at_once" if self.group > 1 else None
-        return "-".join(part for part in (self.algorithm, self.aggregator, self.problem, group) if part)
+        named = (self.algorithm, self.aggregator, self.averaging, self.problem, group)
+        return "-".join(part for part in named if part)
 
     def task(self) -> Problem:
         return PROBLEMS[self.problem]()
@@ -196,6 +215,8 @@ class Exam:
         options: dict[str, Any] = {"local": local}
         if self.aggregator:
             options["aggregator"] = AGGREGATORS[self.aggregator](**OPTIONS.get(self.aggregator, {}))
+        if self.averaging:
+            options["averaging"] = AVERAGINGS[self.averaging]()
         return make(self.algorithm, **options)
 
 
@@ -209,17 +230,19 @@ def chooses_aggregator(name: str) -> bool:
     return "aggregator" in inspect.signature(ALGORITHMS[name]).parameters
 
 
-# MOON compares representations, which a linear regression has not
-BASIC = [Exam(name, "blobs" if name == "moon" else "regression") for name in ALGORITHMS]
+# MOON compares representations, which a linear regression has not, and FedLoRA averages factors
+BASIC = [Exam(name, {"moon": "blobs", "fedlora": "adapted"}.get(name, "regression")) for name in ALGORITHMS]
+LORA = [Exam("fedlora", "adapted", averaging=name) for name in AVERAGINGS]
 GROUPED = [
     Exam(name, "blobs", group=3)
     for name in ("fedavg", "fedprox", "fedadam", "scaffold", "fednova", "feddyn", "dp_fedavg")
 ]
+GROUPED += [Exam("fedlora", "adapted", group=3, averaging=name) for name in (None, "rolora", "flora")]
 VARIANTS = ("fedavgm", "fedadagrad", "fedadam", "fedyogi")  # whose clients do what FedAvg's do
 EXAMS = [
     *BASIC,
     *(Exam(name, "blobs") for name in ("fedavg", "scaffold")),
-    *(Exam(name, "images") for name in ALGORITHMS if name not in VARIANTS),
+    *(Exam(name, "images") for name in ALGORITHMS if name not in (*VARIANTS, "fedlora")),
     *(
         Exam(name, "regression", rule)
         for name in ALGORITHMS
@@ -227,6 +250,7 @@ EXAMS = [
         for rule in AGGREGATORS
         if rule != "mean"
     ),
+    *LORA,
     *GROUPED,
 ]
 

@@ -139,7 +139,7 @@ def test_options_may_stand_anywhere(started, typed, meant):
         ("report no/such/run", "no/such/run is no run folder: there is no such folder"),
         ("report a --target high", "argument --target: invalid float value: 'high'; see fedray report --help"),
         ("list model", "there is no kind 'model'; did you mean 'models'?"),
-        ("list everything", "there is no kind 'everything'; known: aggregators, algorithms"),
+        ("list colours", "there is no kind 'colours'; known: aggregators, algorithms"),
         ("list models datasets", "unrecognized arguments: datasets; see fedray list --help"),
         ("show", "the following arguments are required: NAME; see fedray show --help"),
         ("show fedprx", "there is no component 'fedprx'; did you mean 'fedprox'?"),

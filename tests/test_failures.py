@@ -11,6 +11,7 @@ import torch
 from problems import (
     FEDERATED,
     GROUPED,
+    LORA,
     SIZES,
     Altered,
     Exam,
@@ -59,7 +60,7 @@ def test_a_client_that_raises_leaves_all_state_alone_and_is_named(exam: Exam, nu
     assert_same_bits((third.state, third.metrics), (expected.state, expected.metrics))
 
 
-@exams([*FEDERATED, Exam("scaffold", "images"), Exam("scaffold", aggregator="median")])
+@exams([*FEDERATED, *LORA, Exam("scaffold", "images"), Exam("scaffold", aggregator="median")])
 def test_a_dropped_client_is_as_if_it_had_not_been_drawn(exam: Exam):
     task, algorithm, population = exam.task(), exam.make(), Population(np.array(SIZES))
     backend, without = SerialBackend(task, 2, on_client_error="drop"), SerialBackend(task)

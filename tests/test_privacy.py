@@ -75,10 +75,10 @@ def test_gradients_in_one_pass_are_those_of_a_loop(make_task):
     learner = Learner(task, "cpu")
     rows, batch_of = torch.arange(8), learner.ready(task.examples(4))
     trained = dict(learner.model.named_parameters())
-    plain = learner._gradients(32, None)
+    plain = learner._gradients(trained, 32, None)
     expected = [torch.stack(each) for each in zip(*gradients(task), strict=True)]
     for losses, found in (
-        together(learner.stacked(), trained, task.losses, batch_of, rows),
+        together(learner.stacked(), trained, trained, task.losses, batch_of, rows),
         one_by_one(plain, batch_of, rows),
     ):
         torch.testing.assert_close(losses, task.losses(task.model(), task.examples(4)))
@@ -97,8 +97,9 @@ def test_fine_tuned_parts_have_every_examples_own_gradient(folder, method: str):
     learner = Learner(plan(tiny_models.configuration(folder, method=chosen)).experiment.task, "cpu")
     learner.model.train()
     rows, batch_of = torch.arange(5), learner.ready(learner.task.examples(0))
-    plain = learner._gradients(32, None)
-    found = learner._examples_gradients(plain, None)(batch_of, rows)
+    trained = dict(learner._trained)
+    plain = learner._gradients(trained, 32, None)
+    found = learner._examples_gradients(trained, plain, None)(batch_of, rows)
     expected = one_by_one(plain, batch_of, rows)
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(list(found[1]), list(expected[1]), rtol=1e-4, atol=1e-5)

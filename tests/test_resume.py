@@ -56,7 +56,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Exam], Path]
     return functools.cache(lambda exam: folder_of(experiment(exam), root / str(exam)))
 
 
-@exams([*BASIC, Exam("scaffold", "blobs", group=3)])
+@exams([*BASIC, Exam("scaffold", "blobs", group=3), Exam("fedlora", "adapted", averaging="flora")])
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_run_stopped_and_resumed_equals_an_unbroken_one(exam: Exam, after: int, tmp_path: Path, unbroken: Callable):
     made, asked = experiment(exam), itertools.count()

@@ -7,6 +7,7 @@ from fedray.algorithms.baselines import centralized, local_only
 from fedray.algorithms.dp_fedavg import dp_fedavg
 from fedray.algorithms.fedavg import fedavg
 from fedray.algorithms.feddyn import feddyn
+from fedray.algorithms.fedlora import fedlora
 from fedray.algorithms.fednova import fednova
 from fedray.algorithms.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedray.algorithms.fedprox import fedprox
@@ -25,6 +26,7 @@ ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
     "feddyn": feddyn,
     "moon": moon,
     "dp_fedavg": dp_fedavg,
+    "fedlora": fedlora,
     "local_only": local_only,
     "centralized": centralized,
 }

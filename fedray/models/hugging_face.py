@@ -7,6 +7,7 @@ transformers are converted by transformers itself.
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -65,6 +66,19 @@ def hold(models: Mapping[str, nn.Module]) -> None:
         del _HELD[next(iter(_HELD))]
 
 
+def save_changed(path: str, weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
+    """Save the model of ``path`` with other weights in some places, as ``from_pretrained`` loads it, to ``folder``."""
+    model: Any = load(path)
+    for name, weight in weights.items():
+        model.get_parameter(name).data = weight  # replaced, not written to: other models share what was there
+    with _quietly(transformers()):
+        model.save_pretrained(folder)
+    file = _preprocessing(path)
+    if file is not None:
+        shutil.copy(file, folder)
+    return folder
+
+
 def blank(path: str) -> nn.Module:
     """A model as the configuration at ``path`` describes it, with parameters drawn from the global generator."""
     return transformers().AutoModel.from_config(_config(path), dtype=torch.float32)
@@ -95,13 +109,7 @@ def own_moments(path: str, model_type: str) -> tuple[tuple[float, ...], tuple[fl
 
     From its ``preprocessor_config.json``; without one, those of the model type's authors, or ImageNet's.
     """
-    utils = transformers().utils
-    try:
-        file = utils.cached_file(
-            path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, local_files_only=_local(path)
-        )
-    except OSError:
-        file = None
+    utils, file = transformers().utils, _preprocessing(path)
     found = json.loads(Path(file).read_text()) if file else {}
     if "image_mean" in found and "image_std" in found:
         return tuple(found["image_mean"]), tuple(found["image_std"])
@@ -109,6 +117,16 @@ def own_moments(path: str, model_type: str) -> tuple[tuple[float, ...], tuple[fl
     authors = "OPENAI_CLIP" if model_type.startswith("clip") else authors
     mean, std = (getattr(utils.constants, f"{authors}_{what}") for what in ("MEAN", "STD"))
     return tuple(mean), tuple(std)
+
+
+def _preprocessing(path: str) -> str | None:
+    """The file that says how a model's images were prepared, if it has one."""
+    try:
+        return transformers().utils.cached_file(
+            path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, local_files_only=_local(path)
+        )
+    except OSError:
+        return None
 
 
 def _versions(model: nn.Module) -> list[int]:

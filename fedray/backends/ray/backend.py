@@ -212,6 +212,7 @@ class RayBackend:
         keeps_state: bool = False,
         metered: bool = True,
         grouped: bool = False,
+        received: Callable[[Client], int] | None = None,
     ) -> tuple[Any, Metrics]:
         """Run the cohort; see `fedray.algorithm.Backend`."""
         job = Job(client_update, aggregator, keeps_state, self._drop)
