@@ -173,6 +173,17 @@ def test_a_batch_without_examples_is_a_step_of_noise_alone():
     assert differ(start, y.params)
 
 
+def test_sums_and_noise_are_divided_by_the_expected_size_of_a_batch():
+    local = LocalTraining(local_lr=0.5, batch_size=10, local_steps=6)
+    sizes = [len(rows) for rows in local.poisson_batches(40, torch.Generator().manual_seed(11))]  # the client's seed
+    assert len(set(sizes)) > 3
+    assert sum(sizes) != 60
+    start, y = step(slopes([[3.0]], [40]), dp_sgd(100.0, 0.0), local, client=0)
+    assert float(start["w"] - y.params["w"]) == pytest.approx(0.5 * 3.0 * sum(sizes) / 10)
+    start, y = step(slopes([[0.0] * 20_000], [40]), dp_sgd(0.5, 3.0), local, client=0)
+    assert float((start["w"] - y.params["w"]).std()) == pytest.approx(0.5 * 6**0.5 * 3.0 * 0.5 / 10, rel=0.03)
+
+
 # Noise
 
 
