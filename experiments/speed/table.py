@@ -7,7 +7,7 @@ from work import Work
 
 Record = dict[str, Any]
 
-TOLERANCE = {"cnn": 1e-3}  # of the loss, for training amplifies the order of sums
+TOLERANCE = {"cnn": 3e-3}  # of the loss: training amplifies the order of sums, in the two loops as well
 COLUMNS = ("work", "contender", "s a round", "least", "most", "÷ floor2", "first round done, s", "memory, MB", "loss")
 
 
