@@ -14,11 +14,13 @@ class Execution:
         group: Clients that train in one call, where the algorithm allows it; auto by a rule of the model's layers.
         compile: Compile the training step of clients that train one by one (torch.compile); minutes at the first run.
         channels_last: Keep images with the channels in the last place; auto for models with convolutions.
+        precision: float32, or bfloat16 for mixed precision: faster on GPUs of 2020 and later, mostly slower on CPUs.
     """
 
     group: int | Literal["auto"] = "auto"
     compile: bool = False
     channels_last: bool | Literal["auto"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.group != "auto" and self.group < 1:

@@ -17,6 +17,7 @@ from fedray.groups import Group, dependence, is_stackable
 from fedray.groups import train as train_group
 from fedray.local_training import Gradients, LocalResult, LocalTraining, num_examples, stepper
 from fedray.per_example import GradientsOf, one_by_one, private, together
+from fedray.precision import InBfloat16
 from fedray.privacy import Mechanism
 from fedray.stacked import StackedModel, unknown_layer
 from fedray.trees import Params
@@ -110,6 +111,9 @@ class Learner:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.task, model = head_only(task, task.model().to(self.device))
         last = execution.puts_channels_last(model)
+        self._exact = self.task
+        if execution.precision == "bfloat16":
+            self.task = InBfloat16(self.task, self.device)
         self._format = torch.channels_last if last else torch.contiguous_format
         self.model = model.to(memory_format=self._format) if last else model  # type: ignore[call-overload]
         self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -261,8 +265,8 @@ class Learner:
     @cached_property
     def _is_stackable(self) -> bool:
         kept = [p.detach().clone() for p in self._trained.values()]
-        found = dependence(self.task, self.model) is None and unknown_layer(self.model) is None
-        found = found and is_stackable(self.task, self.model)
+        found = dependence(self._exact, self.model) is None and unknown_layer(self.model) is None
+        found = found and is_stackable(self._exact, self.model)
         with torch.no_grad():  # the trial wrote into the scratch model
             torch._foreach_copy_(list(self._trained.values()), kept)
         return found

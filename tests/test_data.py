@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fedray.data import DATASETS, Dataset
-from fedray.data.dataset import moments, split_by_class, tidy_inputs
-from fedray.data.datasets import digits, fashion_mnist, mnist, npz, subset
+from fedray.data.dataset import make_dataset, moments, split_by_class, tidy_inputs
+from fedray.data.datasets import digits, fashion_mnist, mnist, npz, public_split, subset
 from fedray.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -347,3 +347,27 @@ def test_fashion_mnist_where_debian_puts_it():
     assert np.bincount(data.test["y"]).tolist() == [1000] * 10
     assert np.isclose(data.mean[0], 0.2860, atol=1e-4)
     assert np.isclose(data.std[0], 0.3530, atol=1e-4)
+
+
+def test_public_and_private_examples_are_all_and_none_twice():
+    whole = digits()
+    parts = [public_split(whole, 300, "public"), public_split(whole, 300, "private")]
+    assert [len(part.train["y"]) for part in parts] == [300, len(whole.train["y"]) - 300]
+    together = np.concatenate([part.train["x"].reshape(len(part.train["x"]), -1) for part in parts])
+    everything = whole.train["x"].reshape(len(whole.train["x"]), -1)
+    assert np.array_equal(together[np.lexsort(together.T)], everything[np.lexsort(everything.T)])
+    assert all(np.array_equal(part.test["x"], whole.test["x"]) and part.mean == whole.mean for part in parts)
+
+
+def test_public_examples_can_be_parted_by_a_column():
+    columns = {"x": np.zeros((6, 2), np.float32), "y": np.zeros(6, np.int64), "writer": np.array(list("aabbcc"))}
+    of = make_dataset("w", columns, columns, ["0"])
+    public = public_split(of, 2, "public", by="writer")
+    private = public_split(of, 2, "private", by="writer")
+    assert len(set(public.train["writer"])) == 2
+    assert set(public.train["writer"]) | set(private.train["writer"]) == set("abc")
+    assert set(public.train["writer"]).isdisjoint(private.train["writer"])
+    with pytest.raises(ValueError, match=r"public is 3; it must be between 1 and 2"):
+        public_split(of, 3, by="writer")
+    with pytest.raises(ValueError, match=r"by is 'who'; w has the columns writer, x, y"):
+        public_split(of, 1, by="who")

@@ -10,14 +10,17 @@ from problems import PROBLEMS, Exam, assert_same_bits, train
 from torch import nn
 
 from fedray import runs
-from fedray.algorithm import Client
+from fedray.algorithm import Client, ClientResult
+from fedray.backends import worker
 from fedray.backends.serial import SerialBackend
 from fedray.errors import ConfigError, FedrayError
+from fedray.exact import Sum
 from fedray.execution import Execution
 from fedray.experiment import plan
 from fedray.learner import Learner
 from fedray.local_training import LocalTraining
 from fedray.models.classifier import Classifier
+from fedray.trees import flatten
 
 COMPILED = Execution(group=1, compile=True)
 needs_compiler = pytest.mark.skipif(
@@ -108,3 +111,33 @@ def test_where_the_channels_are_changes_nothing_but_rounding(channels_last):
     for name, p in its.params.items():
         torch.testing.assert_close(mine.params[name], p, rtol=1e-4, atol=1e-6)
         assert mine.params[name].is_contiguous()
+
+
+def test_mixed_precision_changes_no_more_than_bfloat16_rounds():
+    task = PROBLEMS["blobs"]()
+    plain, mixed = Learner(task, "cpu"), Learner(task, "cpu", Execution(group=1, precision="bfloat16"))
+    local = LocalTraining(local_lr=0.2, batch_size=8)
+    start = plain.params()
+    its, mine = (learner.train(start, Client(0, 1), local) for learner in (plain, mixed))
+    assert all(p.dtype == torch.float32 for p in mine.params.values())
+    assert any(not torch.equal(mine.params[name], p) for name, p in its.params.items())
+    x, y, z = map(flatten, (start, its.params, mine.params))
+    assert (z - y).norm() < 0.02 * (y - x).norm()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_in_mixed_precision_the_number_of_shares_changes_no_bit(group):
+    exam = Exam("scaffold", "images")
+    execution = Execution(group=group, precision="bfloat16")
+    states = [
+        train(exam.task(), exam.make(), SerialBackend(exam.task(), shares, execution=execution))[-1].state
+        for shares in (1, 3)
+    ]
+    assert_same_bits(*states)
+
+
+def test_what_a_worker_hands_over_is_moved_whole():
+    tree = {"sum": Sum(torch.ones(2), 3, torch.float32, 1.0), "pair": ClientResult(torch.ones(2), 1.0), "n": [(1,)]}
+    moved = worker._to(tree, torch.device("meta"))
+    assert moved["sum"].total.device.type == moved["pair"].update.device.type == "meta"
+    assert moved["n"] == [(1,)]

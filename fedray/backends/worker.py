@@ -5,7 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -113,7 +113,8 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
                 states.append(state)
             took.append(time.perf_counter() - began)
     keepers = frozenset(c.slot for c, state in zip(members(share), states, strict=True) if state is not None)
-    return Partial(totals, tuple(failures), keepers, tuple(took), _size(accumulator), clock.take()), accumulator, states
+    partial = Partial(totals, tuple(failures), keepers, tuple(took), _size(accumulator), clock.take())
+    return (partial, accumulator, states) if learner.device == _CPU else (partial, *_to([accumulator, states], _CPU))
 
 
 def members(share: Sequence[Unit]) -> list[Client]:
@@ -218,9 +219,11 @@ def balance(units: Sequence[Unit], num_shares: int, costs: Costs | None = None) 
 def map_items(learner: Learner, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
     """``[fn(learner, item) for item in items]`` without touching the caller's random generator."""
     with torch.random.fork_rng():
-        return [fn(learner, item) for item in items]
+        results = [fn(learner, item) for item in items]
+    return results if learner.device == _CPU else _to(results, _CPU)  # as from a worker elsewhere
 
 
+_CPU = torch.device("cpu")
 _WROTE = (
     "client {} wrote into the broadcast, which all clients share; write `a + b` instead of `a.add_(b)`, or clone first"
 )
@@ -249,11 +252,14 @@ def _size(accumulator: Any) -> int:
     return 0
 
 
-def _to(tree: Tree, device: torch.device) -> Tree:
+def _to(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, dict):
         return {name: _to(branch, device) for name, branch in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_to(branch, device) for branch in tree)
+        moved = (_to(branch, device) for branch in tree)
+        return type(tree)(*moved) if hasattr(tree, "_fields") else type(tree)(moved)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: _to(getattr(tree, f.name), device) for f in fields(tree) if f.init})
     return tree.to(device) if isinstance(tree, torch.Tensor) else tree
 
 

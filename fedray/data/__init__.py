@@ -1,7 +1,7 @@
 """Data sets, and how their examples are dealt out to clients."""
 
 from fedray.data.dataset import Dataset
-from fedray.data.datasets import digits, fashion_mnist, mnist, npz, subset
+from fedray.data.datasets import digits, fashion_mnist, mnist, npz, public_split, subset
 from fedray.data.hub import cifar10, hub
 from fedray.data.partitions import (
     Partition,
@@ -26,6 +26,7 @@ DATASETS = {
     "sotu": sotu,
     "text": text,
     "subset": subset,
+    "public_split": public_split,
 }
 
 PARTITIONS = {

@@ -93,6 +93,31 @@ def _shots(labels: np.ndarray, order: np.ndarray, count: int, of: Dataset) -> np
     return np.concatenate([order[labels == label][:count] for label in range(of.num_classes)])
 
 
+def public_split(
+    of: Dataset, public: int, part: Literal["public", "private"] = "private", by: str | None = None, seed: int = 0
+) -> Dataset:
+    """A dataset whose training examples are parted: public ones, which a generator may see, and the clients' own.
+
+    Both parts keep the test set and the normalisation of the whole.
+
+    Args:
+        of: The dataset that is parted.
+        public: Training examples in the public part, drawn at random; with ``by``, so many values.
+        part: Which part this is.
+        by: A column; examples with the same value all fall into one part. None to part single examples.
+        seed: Seed of the choice; the same for every run unless you change it.
+    """
+    if by is not None and by not in of.train:
+        raise ValueError(f"by is {by!r}; {of.name} has the columns {', '.join(sorted(of.train))}")
+    units = np.arange(len(of.train["y"])) if by is None else np.unique(of.train[by], return_inverse=True)[1]
+    count = int(units.max()) + 1
+    if not 1 <= public < count:
+        raise ValueError(f"public is {public}; it must be between 1 and {count - 1}, so that both parts have examples")
+    is_public = np.isin(units, np.random.default_rng(seed).permutation(count)[:public])
+    chosen = np.flatnonzero(is_public == (part == "public"))
+    return replace(of, train={name: column[chosen] for name, column in of.train.items()})
+
+
 def npz(
     path: str,
     test_path: str | None = None,
