@@ -1,6 +1,6 @@
 """The types that every federated algorithm is written with. Read this file first."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +58,24 @@ class ClientResult:
 ClientUpdate = Callable[["Learner", Any, Client], ClientResult]
 
 
+Make = Callable[[str], Callable[[Any], Any]]  # of a device: a function of items
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors for server-side work, beside the workers.
+
+    Attributes:
+        num_actors: How many.
+        num_cpus: CPUs that each reserves.
+        num_gpus: GPUs that each reserves, fractions allowed.
+    """
+
+    num_actors: int
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+
 class Backend(Protocol):
     """Where clients run: in this process, or on a Ray cluster. Algorithms cannot tell."""
 
@@ -86,6 +104,14 @@ class Backend(Protocol):
 
     def map(self, fn: Callable[["Learner", Any], Any], items: Sequence[Any]) -> list[Any]:
         """``[fn(learner, item) for item in items]``: server-side work that is worth spreading."""
+        ...
+
+    def stream(self, make: Make, items: Sequence[Any], pool: "Pool | None" = None) -> Iterator[tuple[int, Any]]:
+        """Server-side work with something heavy that stays loaded: ``make(device)`` once for each of a pool's actors.
+
+        Yields the position of each item with what the function that was made returns for it, as they come. Whoever
+        dies loses nothing: its item is done again. Without a pool, the workers do it, which meanwhile have no clients.
+        """
         ...
 
     @property

@@ -72,6 +72,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     report.add_argument("--target", type=float, action="append", help="accuracy for rounds-to-target; may be repeated")
     report.set_defaults(command=_report)
 
+    generate = commands.add_parser("generate", help="generate synthetic data, and draw a sheet of samples")
+    generate.add_argument("config", help="a YAML file, or a shipped experiment's name")
+    generate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options on top of the file")
+    generate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; made if it is not there")
+    generate.set_defaults(command=_generate)
+
     export = commands.add_parser("export", help="save a run's LoRA or IA3 in peft's own format")
     export.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if it is not there")
@@ -137,6 +143,16 @@ def _report(options: argparse.Namespace) -> None:
         print(f"report: {write_report(options.runs, out, options.target)}")
     except OSError as error:
         raise DataError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from fedray import config
+    from fedray.generate import generate
+    from fedray.runs import find
+
+    synthetic, hits = generate(config.read(find(options.config), options.overrides), options.out)
+    print(f"{synthetic.metrics['synthetic_samples']:.0f} samples, {hits:.0%} of the prompts name their class")
+    print(f"sheet: {options.out / 'sheet.html'}")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -122,8 +122,16 @@ class Configured:
     result: Any  # its type
 
     def __call__(self, *objects: Any) -> Any:
-        """Call it; what the component refuses becomes a `ConfigError` that says where the option stands."""
-        return _call(self.function, objects, self.options, self.where, self.result)
+        """Call it; what the component refuses becomes a `ConfigError` that says where the option stands.
+
+        A component of the same kind among its options, such as an algorithm's base, is called with the same objects.
+        """
+        options = dict(self.options)
+        if catalogue.kind_of(self.result) is not None:
+            for name, value in options.items():
+                if isinstance(value, Configured) and value.result == self.result:
+                    options[name] = value(*objects)
+        return _call(self.function, objects, options, self.where, self.result)
 
 
 def build(annotation: Any, value: Any, where: str) -> Any:

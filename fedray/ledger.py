@@ -5,14 +5,14 @@ every number. The weight and the metrics that come with an update are bookkeepin
 papers' tables.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fedray.aggregators import Aggregator, Together
-from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Metrics
+from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Make, Metrics, Pool
 from fedray.client_states import ClientStates
 from fedray.groups import member
 
@@ -113,6 +113,10 @@ class MeteredBackend:
     def map(self, fn: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
         """Server-side work: nothing is sent."""
         return self.backend.map(fn, items)
+
+    def stream(self, make: Make, items: Sequence[Any], pool: Pool | None = None) -> Iterator[tuple[int, Any]]:
+        """Server-side work: nothing is sent."""
+        return self.backend.stream(make, items, pool)
 
     @property
     def client_states(self) -> ClientStates:

@@ -1,5 +1,7 @@
 """How a client trains: the options that every algorithm shares, and one step of it."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +26,8 @@ class LocalTraining:
         weight_decay: L2 term of SGD and Adam, decoupled for AdamW.
         max_grad_norm: Clip each step's gradient to this Euclidean norm; None for no clipping.
         local_lr_decay: The learning rate is multiplied by this after every round.
+        local_cosine_steps: Half a period of a cosine that the learning rate follows within each round, beginning at its
+            top, in steps (GPT-FL's clients: 100); None for a constant rate.
         shuffle: A new random order of the examples each epoch; otherwise their stored order.
     """
 
@@ -37,10 +41,12 @@ class LocalTraining:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     local_lr_decay: float = 1.0
+    local_cosine_steps: int | None = None
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("local_lr", "local_epochs", "batch_size", "local_steps", "max_grad_norm", "local_lr_decay"):
+        positive = ("local_lr", "local_epochs", "batch_size", "local_steps", "max_grad_norm", "local_lr_decay")
+        for name in (*positive, "local_cosine_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be > 0")
@@ -57,12 +63,22 @@ class LocalTraining:
     def is_plain_sgd(self) -> bool:
         """Whether a step is the gradient times the learning rate, and nothing else."""
         return not (
-            self.local_optimizer != "sgd" or self.local_momentum or self.weight_decay or self.max_grad_norm is not None
+            self.local_optimizer != "sgd"
+            or self.local_momentum
+            or self.weight_decay
+            or self.max_grad_norm is not None
+            or self.local_cosine_steps is not None
         )
 
     def lr(self, round: int) -> float:
         """The learning rate of a round (1-based)."""
         return self.local_lr * self.local_lr_decay ** (round - 1)
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at a step of a round (0-based)."""
+        if self.local_cosine_steps is None:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * step / self.local_cosine_steps))
 
     def num_steps(self, length: int) -> int:
         """Steps of a round on so many examples."""
@@ -144,14 +160,15 @@ def stepper(
     Returns:
         ``step(gradients, active=None)``; of stacked params, ``active`` is 1 for the clients that move and 0 for others.
     """
-    lr, velocity = local.lr(round), list[torch.Tensor]()
+    top, velocity, count = local.lr(round), list[torch.Tensor](), itertools.count()
     names, device = list(names), params[0].device
     anchor = [start[name].to(device) for name in names] if proximal else []
     shift = [correction[name].to(device) for name in names] if correction else []
     library = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(local.local_optimizer)
-    optimizer = library(params, lr=lr, weight_decay=local.weight_decay) if library else None
+    optimizer = library(params, lr=top, weight_decay=local.weight_decay) if library else None
 
     def step(gradients: Gradients, active: torch.Tensor | None = None) -> None:
+        lr = top * local.factor(next(count))
         if shift:
             gradients = torch._foreach_add(gradients, shift)
         if proximal:
@@ -162,6 +179,7 @@ def stepper(
             before = [param.clone() for param in params] if active is not None else []
             for param, gradient in zip(params, gradients, strict=True):
                 param.grad = gradient
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             if active is not None:
                 for param, old in zip(params, before, strict=True):

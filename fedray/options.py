@@ -116,6 +116,8 @@ def written(value: Any) -> str:
     """
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
+    if value == "":
+        return '""'
     if callable(value):
         return str(getattr(value, "__name__", "built in"))
     return "built in" if dataclasses.is_dataclass(value) else str(value)

@@ -1,8 +1,10 @@
 """Tiny tasks, and every algorithm with everything that can be varied about it: what the laws are examined on."""
 
+import atexit
 import dataclasses
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +18,26 @@ from torch import nn
 from fedray.aggregators import AGGREGATORS
 from fedray.algorithm import EVERYONE, Client, ClientResult, FederatedAlgorithm, Metrics
 from fedray.algorithms import ALGORITHMS
+from fedray.algorithms.fedavg import fedavg
 from fedray.backends.serial import SerialBackend
 from fedray.client_states import ClientStates
+from fedray.data import Partition
+from fedray.data.dataset import make_dataset
 from fedray.execution import Execution
 from fedray.experiment import Experiment
 from fedray.learner import Columns, Learner
 from fedray.local_training import LocalTraining
 from fedray.models import Classifier
+from fedray.models.nets import softmax
 from fedray.peft.averaging import AVERAGINGS
 from fedray.peft.library import lora
 from fedray.rounds import Round, rounds
 from fedray.samplers import Population, over_selection
+from fedray.synthesis.central import CentralTraining
+from fedray.synthesis.generator import Generator, png
+from fedray.synthesis.requests import Request
+from fedray.synthesis.synthesize import Synthesis
+from fedray.tasks.classification import Classification
 
 SIZES = (1, 2, 3, 5, 8, 4, 6, 7, 2)  # unequal, with two clients of equal size
 
@@ -145,6 +156,45 @@ def images() -> Problem:
     return _classification((1, 5, 5), lambda: Classifier(layers(), 18, 3), noise=0.1)
 
 
+def pictures() -> Classification:
+    """Classification of tiny pictures, as data sets are: what synthetic data can be made for."""
+    draw = np.random.default_rng(3)
+    y = np.arange(sum(SIZES)) % 3
+    columns = {"x": np.stack([scribble(label, draw) for label in y]), "y": y.astype(np.int64)}
+    data = make_dataset("pictures", columns, columns, ["top", "middle", "bottom"])
+    offsets = np.concatenate([[0], np.cumsum(SIZES)])
+    return Classification(data, Partition(np.arange(len(y)), offsets), softmax, 0, "none", False)
+
+
+def scribble(label: int, draw: np.random.Generator) -> np.ndarray:
+    """A picture, uint8 of shape (1, 6, 6), with a bright bar whose height is its class."""
+    picture = draw.integers(0, 120, (1, 6, 6)).astype(np.uint8)
+    picture[:, 2 * label : 2 * label + 2] += 100
+    return picture
+
+
+def scribbler(batch: int = 4) -> Generator:
+    """A generator of scribbles, which reads the last word of its prompt."""
+
+    def load(device: str) -> Any:
+        def draw(request: Request) -> bytes:
+            label = ["top", "middle", "bottom"].index(request.prompt.split()[-1])
+            picture = scribble(label, np.random.default_rng(request.seed))
+            return png(picture.transpose(1, 2, 0) / 255)
+
+        return lambda batch: [draw(request) for request in batch]
+
+    return Generator({"scribbler": 1, "batch": batch}, load, batch)
+
+
+@functools.cache
+def synthesis() -> Synthesis:
+    """Scribbles, in a cache that lives as long as the process."""
+    folder = tempfile.TemporaryDirectory(prefix="fedray-scribbles-")
+    atexit.register(folder.cleanup)
+    return Synthesis(scribbler(), cache=folder.name)
+
+
 class Point(nn.Module):
     """A model that is its parameters."""
 
@@ -181,7 +231,9 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "blobs": blobs,
     "images": images,
     "adapted": adapted,
+    "pictures": pictures,
 }
+SYNTHETIC = ("gpt_fl", "fgl")  # which go on with another algorithm
 LOCAL = LocalTraining(local_lr=0.05, local_epochs=2, batch_size=4, local_lr_decay=0.9)
 OPTIONS: dict[str, dict[str, Any]] = {  # where the default would not show on tiny tasks
     "trimmed_mean": {"trim": 0.3},
@@ -205,7 +257,7 @@ class Exam:
         named = (self.algorithm, self.aggregator, self.averaging, self.problem, group)
         return "-".join(part for part in named if part)
 
-    def task(self) -> Problem:
+    def task(self) -> Any:
         return PROBLEMS[self.problem]()
 
     def backend(self, num_shares: int = 1, **options: Any) -> SerialBackend:
@@ -213,6 +265,10 @@ class Exam:
 
     def make(self, local: LocalTraining = LOCAL) -> FederatedAlgorithm:
         options: dict[str, Any] = {"local": local}
+        if self.algorithm in SYNTHETIC:
+            central = CentralTraining(central_epochs=2, central_batch_size=8)
+            options = {"base": fedavg(local=local), "synthesis": synthesis(), "central": central}
+            options |= {"per_prompt": 5} if self.algorithm == "fgl" else {}
         if self.aggregator:
             options["aggregator"] = AGGREGATORS[self.aggregator](**OPTIONS.get(self.aggregator, {}))
         if self.averaging:
@@ -231,7 +287,8 @@ def chooses_aggregator(name: str) -> bool:
 
 
 # MOON compares representations, which a linear regression has not, and FedLoRA averages factors
-BASIC = [Exam(name, {"moon": "blobs", "fedlora": "adapted"}.get(name, "regression")) for name in ALGORITHMS]
+SUITS = {"moon": "blobs", "fedlora": "adapted", **dict.fromkeys(SYNTHETIC, "pictures")}
+BASIC = [Exam(name, SUITS.get(name, "regression")) for name in ALGORITHMS]
 LORA = [Exam("fedlora", "adapted", averaging=name) for name in AVERAGINGS]
 GROUPED = [
     Exam(name, "blobs", group=3)
@@ -242,7 +299,7 @@ VARIANTS = ("fedavgm", "fedadagrad", "fedadam", "fedyogi")  # whose clients do w
 EXAMS = [
     *BASIC,
     *(Exam(name, "blobs") for name in ("fedavg", "scaffold")),
-    *(Exam(name, "images") for name in ALGORITHMS if name not in (*VARIANTS, "fedlora")),
+    *(Exam(name, "images") for name in ALGORITHMS if name not in (*VARIANTS, *SYNTHETIC, "fedlora")),
     *(
         Exam(name, "regression", rule)
         for name in ALGORITHMS
@@ -255,7 +312,8 @@ EXAMS = [
 ]
 
 
-FEDERATED = [exam for exam in BASIC if exam.algorithm != "centralized"]
+# those whose clients all do the same in every round: not where the first one is of synthetic data
+FEDERATED = [exam for exam in BASIC if exam.algorithm not in ("centralized", *SYNTHETIC)]
 STATEFUL = [exam for exam in BASIC if exam.algorithm in ("scaffold", "feddyn", "moon", "local_only")]
 exams = functools.partial(pytest.mark.parametrize, "exam", ids=str)
 
@@ -325,6 +383,9 @@ class Altered:
 
     def map(self, fn: Any, items: Any) -> Any:
         return self.backend.map(fn, items)
+
+    def stream(self, make: Any, items: Any, pool: Any = None) -> Any:
+        return self.backend.stream(make, items, pool)
 
     def fetch(self, handle: Any) -> Any:
         return handle

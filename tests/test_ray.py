@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import SYNTHETIC, Exam, outcome, pictures
 
 from fedray.aggregators import collect, mean
-from fedray.algorithm import Client, ClientResult
+from fedray.algorithm import Client, ClientResult, Pool
 from fedray.algorithms import ALGORITHMS
 from fedray.backends.serial import SerialBackend
-from fedray.errors import ClientError, ConfigError, FedrayError
+from fedray.errors import ClientError, ConfigError, DataError, FedrayError
 from fedray.experiment import plan
 from fedray.learner import Learner
 from fedray.rounds import rounds
@@ -30,6 +31,9 @@ CONFIG = {
         "model": {"name": "mlp", "hidden": [8]},
     },
 }
+
+
+ELSEWHERE = ("fedlora", *SYNTHETIC)  # see test_averaging.py, and below
 
 
 def experiment(algorithm="fedavg", **changes):
@@ -67,7 +71,7 @@ def client_states(backend):
     return {client: bits(backend.fetch(handle)) for client, (_, handle) in backend.client_states.committed.items()}
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "fedlora"])  # see test_averaging.py
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in ELSEWHERE])
 def test_any_number_of_workers_gives_the_bytes_of_the_serial_backend(algorithm, ray_backends):
     made = experiment(algorithm)
     serial = SerialBackend(made.task)
@@ -85,6 +89,54 @@ def test_robust_aggregation_gives_the_bytes_of_the_serial_backend(aggregator, ra
     expected = train(made, SerialBackend(made.task))
     for backend in ray_backends.values():
         assert bits(vars(train(made, backend).state)) == bits(vars(expected.state))
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_synthetic_data_from_any_number_of_workers_are_the_same(name):
+    exam = Exam(name, "pictures")
+    states, metrics, _ = outcome(exam, exam.backend())
+    backend = ray_backend(pictures(), num_workers=2)
+    try:
+        found_states, found_metrics, _ = outcome(exam, backend)
+    finally:
+        backend.close()
+    assert [bits(state.params) for state in found_states] == [bits(state.params) for state in states]
+    assert found_metrics == metrics
+
+
+def doubler(folder):
+    """A maker of a function that doubles, and kills its process the first time that it meets 3."""
+
+    def make(device):
+        Path(folder, f"made-{os.getpid()}").touch()
+
+        def double(item):
+            if item == 3 and not Path(folder, "died").exists():
+                Path(folder, "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 2 * item, device
+
+        return double
+
+    return make
+
+
+@pytest.mark.parametrize("pool", [None, Pool(2, num_cpus=0)])
+def test_what_a_pool_has_in_hand_survives_its_death(pool, ray_backends, tmp_path):
+    found = dict(ray_backends[2].stream(doubler(str(tmp_path)), range(8), pool))
+    assert found == {item: (2 * item, "cpu") for item in range(8)}
+    assert (tmp_path / "died").exists(), "nothing died"
+    assert len(list(tmp_path.glob("made-*"))) <= 3  # once for each process, however many items it did
+
+
+def test_what_goes_wrong_in_a_pool_is_what_the_caller_meets(ray_backends):
+    def make(device):
+        raise DataError("there is no such model")
+
+    with pytest.raises(DataError, match="there is no such model"):
+        list(ray_backends[1].stream(make, [1]))
+    with pytest.raises(ConfigError, match=r"1000 actors with 1 CPUs each do not fit beside the workers"):
+        list(ray_backends[1].stream(make, [1], Pool(1000)))
 
 
 def cohort_of(*ids):
@@ -117,7 +169,7 @@ def test_scaffold_survives_killed_workers_with_the_same_bytes_and_client_states(
     loop = rounds(made.algorithm, state, backend, made.population, made.cohort, made.sampler)
     for _ in range(4):
         finished = next(loop)
-        os.kill(backend.workers[0]["pid"], signal.SIGKILL)  # its states must not die with it
+        os.kill(backend.probe()[0]["pid"], signal.SIGKILL)  # its states must not die with it
         backend.workers = backend.probe()
     assert bits(vars(finished.state)) == bits(vars(expected.state))
     assert client_states(backend) == client_states(serial)

@@ -46,7 +46,7 @@ def drawn(kind: Any, config: Any) -> Any:
 def saved(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     if type(model).__name__ == "CLIPModel":
-        _save_tokenizer(folder)
+        save_tokenizer(folder)
     return folder
 
 
@@ -55,8 +55,9 @@ def _vocabulary() -> list[str]:
     return ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """A CLIP tokenizer without merges: every letter is a token."""
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(_vocabulary())}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}

@@ -11,6 +11,8 @@ from fedray.algorithms.fedlora import fedlora
 from fedray.algorithms.fednova import fednova
 from fedray.algorithms.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedray.algorithms.fedprox import fedprox
+from fedray.algorithms.fgl import fgl
+from fedray.algorithms.gpt_fl import gpt_fl
 from fedray.algorithms.moon import moon
 from fedray.algorithms.scaffold import scaffold
 
@@ -27,6 +29,8 @@ ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
     "moon": moon,
     "dp_fedavg": dp_fedavg,
     "fedlora": fedlora,
+    "gpt_fl": gpt_fl,
+    "fgl": fgl,
     "local_only": local_only,
     "centralized": centralized,
 }

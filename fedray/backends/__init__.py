@@ -1,14 +1,18 @@
 """Where clients run, and where the training loop does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedray.algorithm import Make, Pool
+
 if TYPE_CHECKING:
+    from fedray.backends.ray.backend import Resources
     from fedray.experiment import Experiment
 
 Stop = Callable[[], bool]
+Stream = Callable[[Make, Sequence[Any], Pool | None], Iterator[tuple[int, Any]]]
 
 
 @dataclass(frozen=True)
@@ -16,9 +20,11 @@ class Launcher:
     """How an experiment is set going: ``launch(experiment, folder, stop)`` yields a metrics record a round.
 
     ``stop`` is asked between rounds; once it says so, the loop writes a checkpoint and ends.
+    ``stream(make, items, pool)`` is `fedray.algorithm.Backend.stream` without any experiment.
     """
 
     launch: Callable[["Experiment", Path, Stop], Iterator[dict[str, Any]]]
+    stream: Stream
 
 
 def in_process(
@@ -46,7 +52,16 @@ def in_process(
         backend = SerialBackend(experiment.task, num_shares, device, threads, on_client_error, experiment.execution)
         yield from train(experiment, folder, backend, stop)
 
-    return Launcher(launch)
+    def stream(make: Make, items: Sequence[Any], pool: Pool | None) -> Iterator[tuple[int, Any]]:
+        import torch
+
+        from fedray.backends.serial import in_turn
+
+        yield from in_turn(
+            make, items, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
+
+    return Launcher(launch, stream)
 
 
 def on_ray(
@@ -90,14 +105,10 @@ def on_ray(
         raise ValueError(f"num_gpus is {num_gpus}; it must be a fraction up to 1, or a whole number")
     _check_device(device, here=False)
 
-    def launch(experiment: "Experiment", folder: Path, stop: Stop) -> Iterator[dict[str, Any]]:
-        from fedray.backends.ray.environment import prepare
-
-        prepare(address)  # before anything imports ray
+    def resources() -> "Resources":
         from fedray.backends.ray.backend import Resources
-        from fedray.backends.ray.driver import drive
 
-        resources = Resources(
+        return Resources(
             num_workers,
             clients_per_worker,
             num_cpus,
@@ -108,9 +119,24 @@ def on_ray(
             on_client_error,
             start_timeout,
         )
-        yield from drive(experiment, folder, stop, resources, address, object_store_gb)
 
-    return Launcher(launch)
+    def launch(experiment: "Experiment", folder: Path, stop: Stop) -> Iterator[dict[str, Any]]:
+        from fedray.backends.ray.environment import prepare
+
+        prepare(address)  # before anything imports ray
+        from fedray.backends.ray.driver import drive
+
+        yield from drive(experiment, folder, stop, resources(), address, object_store_gb)
+
+    def stream(make: Make, items: Sequence[Any], pool: Pool | None) -> Iterator[tuple[int, Any]]:
+        from fedray.backends.ray.environment import prepare
+
+        prepare(address)
+        from fedray.backends.ray.pool import alone
+
+        yield from alone(make, items, pool, resources(), address, object_store_gb)
+
+    return Launcher(launch, stream)
 
 
 def _positive(**values: float) -> None:

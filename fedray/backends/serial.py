@@ -1,19 +1,29 @@
 """All clients in this process: the twin of the Ray backend, equal to the bit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from fedray.aggregators import Aggregator
-from fedray.algorithm import Client, ClientUpdate, Metrics
+from fedray.algorithm import Client, ClientUpdate, Make, Metrics, Pool
 from fedray.backends.worker import Job, Partial, balance, fold, map_items, members, reduce
 from fedray.client_states import ClientStates
 from fedray.clock import Clock
 from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
+
+
+def in_turn(make: Make, items: Sequence[Any], device: str) -> Iterator[tuple[int, Any]]:
+    """What `fedray.algorithm.Backend.stream` yields, in this process."""
+    function = None
+    for number, item in enumerate(items):
+        with torch.random.fork_rng():
+            function = function or make(device)
+            result = function(item)
+        yield number, result
 
 
 class SerialBackend:
@@ -70,6 +80,10 @@ class SerialBackend:
     def map(self, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
         """``[fn(learner, item) for item in items]``."""
         return map_items(self._learner, fn, items)
+
+    def stream(self, make: Make, items: Sequence[Any], pool: Pool | None = None) -> Iterator[tuple[int, Any]]:
+        """Items in turn; see `fedray.algorithm.Backend`."""
+        yield from in_turn(make, items, str(self._learner.device))
 
     def fetch(self, handle: Any) -> Any:
         """A client state, from its handle."""

@@ -98,6 +98,13 @@ def decode_audio(
     return waves
 
 
+def read_sound(content: bytes, rate: int | None = None) -> np.ndarray:
+    """An encoded sound as float32 of shape (T,): mono in [-1, 1], resampled to ``rate`` if that is given."""
+    soundfile = import_extra("soundfile", "hub", "decoding audio")
+    wave, own = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    return _resample(wave.mean(axis=1), own, rate or own)
+
+
 def _bytes(cell: Mapping[str, Any] | None, name: str) -> bytes:
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise DataError(f"{name} is missing (null)")

@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -11,11 +10,12 @@ from typing import Any, Literal
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
+from ray.exceptions import GetTimeoutError
 
 from fedray.aggregators import Aggregator
-from fedray.algorithm import Client, ClientUpdate, Metrics
+from fedray.algorithm import Client, ClientUpdate, Make, Metrics, Pool
 from fedray.backends.ray.cluster import carry_users_modules
+from fedray.backends.ray.pool import Crash, hand_out, pool_of, stream
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.backends.worker import (
     Costs,
@@ -41,9 +41,7 @@ from fedray.models import hugging_face
 logger = logging.getLogger(__name__)
 
 Sent = list[ray.ObjectRef]  # in a list, Ray hands over the references instead of what they stand for
-Start = Callable[[Any, list[Any]], list[ray.ObjectRef]]
 
-ATTEMPTS = 3  # how often one client may take its worker down before it is the client's fault
 _INLINE = 100_000  # bytes, up to which Ray sends an argument along with the call
 _TREE = 1 << 28  # bytes of accumulators, beyond which the workers merge them pair by pair, and the driver gets one
 
@@ -95,10 +93,6 @@ def receive(sent: Sent) -> Task:
     return task
 
 
-class Crash(str):
-    """Why a share has no result: what it does to its worker, for a message."""
-
-
 class _Worker:
     """An actor: one learner, and no other state, so that it can die and be replaced at any time."""
 
@@ -109,6 +103,7 @@ class _Worker:
         self._device, self._execution = device, execution
         self._learner: Learner | None = None
         self._job: tuple[bytes, Job] | None = None
+        self._made: tuple[str, Callable[[Any], Any]] | None = None
 
     def ready(self, task: Sent) -> dict[str, Any]:
         node, device = ray.get_runtime_context().get_node_id(), str(self._learn(task).device)
@@ -127,6 +122,17 @@ class _Worker:
 
     def map(self, task: Sent, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
         return map_items(self._learn(task), fn, items)
+
+    def call(self, made: tuple[str, bytes], item: Any) -> Any:
+        if self._made is None or self._made[0] != made[0]:
+            self._made = None  # one heavy thing at a time
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
+            self._made = made[0], ray.cloudpickle.loads(made[1])(device)
+        with torch.random.fork_rng():
+            return self._made[1](item)
+
+    def release(self) -> None:
+        self._made = None
 
     def _loaded(self, job: bytes) -> Job:
         if self._job is None or self._job[0] != job:  # mostly, a round has the job of the round before
@@ -235,7 +241,7 @@ class RayBackend:
         partials: list[Partial] = []
         kept: list[tuple[Client, ray.ObjectRef]] = []
         busy = 0.0
-        for share, partial, refs in self._run(start, shares):
+        for share, partial, refs in hand_out(self._workers, self._revive, start, shares):
             if isinstance(partial, Crash):
                 partials.append(_lost(share, partial))
                 continue
@@ -274,11 +280,19 @@ class RayBackend:
             return [worker.map.remote(self._task, fn, [items[i] for i in share])]
 
         results: dict[int, Any] = {}
-        for [i], value, _ in self._run(start, [[i] for i in range(len(items))]):
+        for [i], value, _ in hand_out(self._workers, self._revive, start, [[i] for i in range(len(items))]):
             if isinstance(value, Crash):
                 raise FedrayError(f"item {i} of a map {value}")
             [results[i]] = value
         return [results[i] for i in range(len(items))]
+
+    def stream(self, make: Make, items: Sequence[Any], pool: Pool | None = None) -> Iterator[tuple[int, Any]]:
+        """Items to whoever is free, results as they come; see `fedray.algorithm.Backend`."""
+        if pool is not None:
+            with pool_of(pool, self.resources) as actors:
+                yield from stream(actors, make, items)
+        else:
+            yield from stream(self._workers, make, items)
 
     def fetch(self, handle: Any) -> Any:
         """A client state, from its handle."""
@@ -293,57 +307,13 @@ class RayBackend:
         for worker in self._workers:
             ray.kill(worker)
 
-    def _run(self, start: Start, shares: Sequence[list[Any]]) -> Iterator[tuple[list[Any], Any, list[ray.ObjectRef]]]:
-        """Hand the shares out and yield each with its result and further references, as they are done.
-
-        A share whose worker dies is cut and handed out again, so that what kills workers is found; what cannot be
-        cut and has taken down ``ATTEMPTS`` workers has a `Crash` for its result.
-        """
-        queue = deque((share, 1) for share in shares)
-        idle = deque(self._workers)
-        running: dict[ray.ObjectRef, tuple[Any, list[Any], int, list[ray.ObjectRef]]] = {}
-        while queue or running:
-            while queue and idle:
-                worker, (share, attempt) = idle.popleft(), queue.popleft()
-                first, *others = start(worker, share)
-                running[first] = worker, share, attempt, others
-            [first], _ = ray.wait(list(running), num_returns=1)
-            worker, share, attempt, others = running.pop(first)
-            try:
-                value = ray.get(first)
-            except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
-                if not share:  # it was restarting, and died again
-                    raise FedrayError(f"a worker cannot be restarted: {error}") from None
-                # with retries this call waits until Ray has restarted the worker
-                running[worker.ready.options(max_task_retries=-1).remote(self._task)] = worker, [], 0, []
-                parts = _parts(share, attempt)
-                queue.extend((part, attempt + 1) for part in parts)
-                if parts:
-                    logger.warning("a worker died; the %d items that it had in hand are handed out again", len(share))
-                else:
-                    yield share, Crash(f"took its worker down {attempt} times: {_first_line(error)}"), []
-                continue
-            idle.append(worker)
-            if share:
-                yield share, value, others
-
-
-def _parts(share: list[Any], attempt: int) -> list[list[Any]]:
-    """What to hand out again of a share that took its worker down; a group stays whole for as long as it may."""
-    if len(share) > 1:
-        return [share[: len(share) // 2], share[len(share) // 2 :]]
-    if attempt < ATTEMPTS:
-        return [share]
-    [item] = share
-    return [[[client]] for client in item] if isinstance(item, list) and len(item) > 1 else []
+    def _revive(self, worker: Any) -> ray.ObjectRef:
+        # with retries this call waits until Ray has restarted the worker
+        return worker.ready.options(max_task_retries=-1).remote(self._task)
 
 
 def _lost(share: list[Unit], crash: Crash) -> Partial:
     return Partial(None, tuple(Failure(client.id, client.round, f"it {crash}") for client in members(share)))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _short(resources: dict[str, float]) -> str:
