@@ -30,6 +30,7 @@ class Experiment:
     keep_checkpoints: int
     execution: Execution = ONE_BY_ONE
     profile: bool = False
+    diversity: bool = False
 
     @property
     def population(self) -> Population:
@@ -60,6 +61,7 @@ def experiment(
     keep_checkpoints: int = 2,
     execution: Execution = Execution(),
     profile: bool = False,
+    diversity: bool = False,
     trackers: list[TrackerFactory] | None = None,
 ) -> Plan:
     """The top level of a configuration.
@@ -77,6 +79,7 @@ def experiment(
         keep_checkpoints: How many of the newest checkpoints stay.
         execution: How clients are computed.
         profile: Keep what the workers' time went to, round by round, and draw it in the report.
+        diversity: Measure the gradient diversity of each round's updates.
         trackers: Where metrics are sent besides the run folder.
     """
     counts = {"rounds": (rounds, 1), "cohort": (cohort, 1), "seed": (seed, 0), "evaluate_every": (evaluate_every, 0)}
@@ -100,6 +103,7 @@ def experiment(
         keep_checkpoints,
         _resolved(execution, learner, cohort),
         profile,
+        diversity,
     )
     draw(made.population, cohort, sampler, seed, 1)  # and so does a sampler that cannot draw,
     algorithm.init(learner.params())  # and an algorithm that cannot train such a model

@@ -14,6 +14,7 @@ from fedray.evaluation import evaluate
 from fedray.experiment import Experiment
 from fedray.learner import Learner, Task
 from fedray.ledger import Ledger, MeteredBackend
+from fedray.metrics.diversity import DiversityBackend
 from fedray.rounds import rounds
 
 Record = dict[str, Any]
@@ -66,7 +67,7 @@ def train(
     loop = rounds(
         experiment.algorithm,
         state,
-        MeteredBackend(backend, ledger),
+        MeteredBackend(DiversityBackend(backend) if experiment.diversity else backend, ledger),
         experiment.population,
         experiment.cohort,
         experiment.sampler,

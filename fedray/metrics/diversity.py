@@ -1,0 +1,106 @@
+"""Gradient diversity (Yin et al., 2018): how far the updates of a cohort point into one direction.
+
+GD = Σ_i ‖g_i‖² / ‖Σ_i g_i‖², over what clients send: 1/n if all n updates are equal, 1 if they are orthogonal to each
+other, more if they cancel. GPT-FL (Zhang et al., 2023) looks at it round by round, from random and synthetic starts.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from fedray import exact
+from fedray.aggregators import Aggregator
+from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Make, Metrics, Pool
+from fedray.client_states import ClientStates
+from fedray.trees import leaves, squared_norm
+
+
+@dataclass(frozen=True)
+class DiversityBackend:
+    """A backend that adds ``gradient_diversity`` and ``update_norm`` to the metrics of what clients send.
+
+    Clients count alike, whatever their weights. ``update_norm`` is the root of the mean of ‖g_i‖².
+    """
+
+    backend: Backend
+
+    def map_reduce(
+        self,
+        client_update: ClientUpdate,
+        broadcast: Any,
+        cohort: Sequence[Client],
+        aggregator: Aggregator,
+        keeps_state: bool = False,
+        metered: bool = True,
+        grouped: bool = False,
+        received: Callable[[Client], int] | None = None,
+    ) -> tuple[Any, Metrics]:
+        """Run the cohort; see `fedray.algorithm.Backend`."""
+        used = with_squares(aggregator) if metered else aggregator
+        result, metrics = self.backend.map_reduce(
+            client_update, broadcast, cohort, used, keeps_state, metered, grouped, received
+        )
+        if not metered:
+            return result, metrics
+        aggregate, diversity = result
+        return aggregate, {**metrics, **diversity}
+
+    def map(self, fn: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
+        """Server-side work has no updates."""
+        return self.backend.map(fn, items)
+
+    def stream(self, make: Make, items: Sequence[Any], pool: Pool | None = None) -> Iterator[tuple[int, Any]]:
+        """Server-side work has no updates."""
+        return self.backend.stream(make, items, pool)
+
+    @property
+    def client_states(self) -> ClientStates:
+        """What clients keep is no update."""
+        return self.backend.client_states
+
+
+def with_squares(inner: Aggregator) -> Aggregator:
+    """Another aggregation, beside the diversity of the updates: ``(aggregate, metrics)``; {} where no tensor is sent.
+
+    Sums are exact, so that any split of the cohort gives the same bits.
+    """
+
+    def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
+        whole, squares, total, count = acc
+        sent = {str(n): x.double() for n, x in enumerate(_tensors(result.update))}
+        square = Fraction(squared_norm(sent)) if sent else Fraction(0)
+        total = exact.add_term(total, {"sent": torch.cat([x.flatten() for x in sent.values()])}, 1) if sent else total
+        return inner.accumulate(whole, client, result), squares + square, total, count + bool(sent)
+
+    def merge(left: Any, right: Any) -> Any:
+        whole = inner.merge(left[0], right[0])
+        return whole, left[1] + right[1], exact.merge(left[2], right[2]), left[3] + right[3]
+
+    def report(acc: Any) -> Any:
+        whole, squares, total, count = acc
+        if not count:
+            return inner.report(whole), {}
+        together = squared_norm(exact.value(total))
+        diversity = {"gradient_diversity": float(squares) / together} if together else {}
+        return inner.report(whole), {**diversity, "update_norm": math.sqrt(float(squares) / count)}
+
+    return replace(
+        inner,
+        zero=lambda: (inner.zero(), Fraction(0), None, 0),
+        accumulate=accumulate,
+        merge=merge,
+        report=report,
+        together=None,
+    )
+
+
+def _tensors(update: Any) -> Iterator[torch.Tensor]:
+    if isinstance(update, list | tuple):
+        for part in update:
+            yield from _tensors(part)
+    else:
+        yield from (x for x in leaves(update) if isinstance(x, torch.Tensor) and x.is_floating_point())
