@@ -16,6 +16,11 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "partitions": ("fedray.data:PARTITIONS", "fedray.tasks.classification:Partitioner"),
     "models": ("fedray.models:MODELS", "fedray.tasks.classification:ModelBuilder"),
     "language_models": ("fedray.models:LANGUAGE_MODELS", "fedray.tasks.language:LanguageModelBuilder"),
+    "image_generators": (
+        "fedray.models.image_generators:IMAGE_GENERATORS",
+        "fedray.tasks.generation:ImageGeneratorBuilder",
+    ),
+    "feature_maps": ("fedray.models.feature_maps:FEATURE_MAPS", "fedray.tasks.generation:FeatureMapsBuilder"),
     "methods": ("fedray.peft:METHODS", "fedray.peft:Method"),
     "averagings": ("fedray.peft.averaging:AVERAGINGS", "fedray.peft.averaging:Averaging"),
     "generators": ("fedray.synthesis:GENERATORS", "fedray.synthesis.generator:Generator"),

@@ -78,7 +78,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     generate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; made if it is not there")
     generate.set_defaults(command=_generate)
 
-    export = commands.add_parser("export", help="save a run's LoRA or IA3 in peft's own format")
+    export = commands.add_parser("export", help="save a run's LoRA or IA3 in peft's own format, or its mask")
     export.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if it is not there")
     export.set_defaults(command=_export)

@@ -1,22 +1,32 @@
-"""From a run folder to a folder in peft's own format."""
+"""From a run folder to a folder in peft's own format, or to a packed mask."""
 
+import json
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedray import config
+from fedray.bits import density, draw, flat, pack, unpack
 from fedray.errors import ConfigError, DataError
 from fedray.experiment import plan
 from fedray.learner import Learner
 from fedray.models import hugging_face
+from fedray.models.masked import Masked, unmask
 from fedray.peft.factors import is_base, unwrapped
 from fedray.peft.parts import Tuned
 from fedray.peft.saving import save_adapter
+from fedray.seeds import seed_for
+from fedray.trees import Params
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Save the final model of a run, tuned by LoRA or IA3, as ``PeftModel.from_pretrained`` loads it.
+    """Save the final model of a run: tuned by LoRA or IA3, as ``PeftModel.from_pretrained`` loads it, or as a mask.
+
+    A model of which a mask was learnt becomes one bit a weight (``mask.safetensors``) beside the run's configuration,
+    whose seed gives the frozen weights; `load_masked` makes a plain model of it.
 
     The base is what ``AutoModel.from_pretrained`` makes of the run's ``task.model.path``. The classification head,
     which no AutoModel has, is written beside as ``head.safetensors``. If the run changed frozen weights, as FedEx-LoRA
@@ -40,6 +50,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
         model = learner.load(params)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{file} does not fit the run's own configuration ({error})") from error
+    if any(isinstance(module, Masked) for module in model.modules()):
+        return _save_mask(run, params, folder)
     tuned = [(path, module) for path, module in model.named_modules() if isinstance(module, Tuned)]
     if not tuned:
         raise ConfigError(f"{run} trained no pre-trained model; there is nothing to export in peft's format")
@@ -53,4 +65,41 @@ def export(run: str | Path, folder: str | Path) -> Path:
     if changed:
         base = str(hugging_face.save_changed(base, changed, folder / "base"))
     save_adapter(trunk, head, folder, base, inside)
+    return folder
+
+
+def load_masked(folder: str | Path) -> nn.Module:
+    """The plain model of a mask that `export` saved: frozen weights of the run's seed, times the mask.
+
+    Raises:
+        DataError: there is no mask, or it is not one of the model in the configuration beside it.
+    """
+    folder = Path(folder)
+    try:
+        packed = load_file(folder / "mask.safetensors")["mask"]
+        about = json.loads((folder / "mask.json").read_text())
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{folder} holds no exported mask ({error}); make one with: fedray export RUN FOLDER"
+        ) from error
+    model = plan(config.read(folder / "config.yaml")).experiment.task.model()
+    size = sum(module.scores.numel() for module in model.modules() if isinstance(module, Masked))
+    if about["weights"] != size or len(packed) != -(-size // 8):
+        raise DataError(f"{folder} holds a mask of {about['weights']} weights; its configuration's model has {size}")
+    return unmask(model, unpack(packed, size))
+
+
+def _save_mask(run: Path, scores: Params, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    vector = flat(scores)
+    bits = draw(vector.sigmoid(), seed_for("final mask"))
+    save_file({"mask": pack(bits)}, folder / "mask.safetensors")
+    shutil.copy(run / "config.yaml", folder)
+    size = {
+        "weights": len(vector),
+        "density": density(bits),
+        "bytes": -(-len(vector) // 8),
+        "bytes_float32": 4 * len(vector),
+    }
+    (folder / "mask.json").write_text(json.dumps(size, indent=2) + "\n")
     return folder

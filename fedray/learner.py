@@ -184,6 +184,7 @@ class Learner:
         examples: Columns | None = None,
         only: Collection[str] | None = None,
         privacy: Mechanism | None = None,
+        moments: Params | None = None,
     ) -> LocalResult:
         """Train from ``start`` on a client's examples.
 
@@ -197,11 +198,12 @@ class Learner:
             examples: Instead of the client's examples; may have more columns, which the loss then meets.
             only: The names of the params that are trained; None for all.
             privacy: Whose noise every step gets; None for no noise.
+            moments: Adam's moments, which training goes on from and writes to; {} to begin with, None to forget them.
         """
         if isinstance(client, Group):
-            if loss is not None or examples is not None or privacy is not None:
+            if loss is not None or examples is not None or privacy is not None or moments is not None:
                 raise ValueError(
-                    "a group trains with its task's loss and examples, and without noise; "
+                    "a group trains with its task's loss and examples, without noise, and keeps no moments; "
                     "call map_reduce without grouped=True"
                 )
             return train_group(self, start, client, local, correction, proximal, only)
@@ -212,7 +214,7 @@ class Learner:
             )
         self.load(start).train()
         params = {name: p for name, p in self._trained.items() if only is None or name in only}
-        step = stepper(list(params.values()), params, start, local, client.round, correction, proximal)
+        step = stepper(list(params.values()), params, start, local, client.round, correction, proximal, moments=moments)
         examples = self.task.examples(client.id) if examples is None else examples
         length = num_examples(examples)
         gradients_of, batches_of = self._gradients(params, local.batch_size, loss), local.batches

@@ -22,6 +22,7 @@ class LocalTraining:
         local_steps: Steps each round, instead of epochs; None for epochs.
         local_optimizer: Optimizer of the clients; its state is new each round.
         local_momentum: Heavy-ball momentum of SGD.
+        local_beta1: Decay of Adam's first moment.
         local_nesterov: Nesterov's form of the momentum, as PyTorch has it.
         weight_decay: L2 term of SGD and Adam, decoupled for AdamW.
         max_grad_norm: Clip each step's gradient to this Euclidean norm; None for no clipping.
@@ -37,6 +38,7 @@ class LocalTraining:
     local_steps: int | None = None
     local_optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     local_momentum: float = 0.0
+    local_beta1: float = 0.9
     local_nesterov: bool = False
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
@@ -54,6 +56,8 @@ class LocalTraining:
             raise ValueError(f"local_momentum is {self.local_momentum}; it must be at least 0 and below 1")
         if self.local_momentum and self.local_optimizer != "sgd":
             raise ValueError(f"local_momentum is {self.local_momentum}; {self.local_optimizer} has no such option")
+        if not 0 <= self.local_beta1 < 1:
+            raise ValueError(f"local_beta1 is {self.local_beta1}; it must be at least 0 and below 1")
         if self.local_nesterov and not self.local_momentum:
             raise ValueError("local_nesterov is true; it needs local_momentum above 0")
         if not self.weight_decay >= 0:
@@ -143,6 +147,7 @@ def stepper(
     correction: Params | None,
     proximal: float,
     stacked: bool = False,
+    moments: Params | None = None,
 ) -> Step:
     """One local step as a function of the gradients; it writes to ``params``.
 
@@ -156,6 +161,7 @@ def stepper(
         proximal: μ of a term μ/2·‖params − start‖².
         stacked: Whether ``params`` are a group's, with a first dimension of clients (``start`` and ``correction``
             may lack it).
+        moments: Adam's moments, which it goes on from and writes to; {} to begin with, None to forget them.
 
     Returns:
         ``step(gradients, active=None)``; of stacked params, ``active`` is 1 for the clients that move and 0 for others.
@@ -165,7 +171,12 @@ def stepper(
     anchor = [start[name].to(device) for name in names] if proximal else []
     shift = [correction[name].to(device) for name in names] if correction else []
     library = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}.get(local.local_optimizer)
-    optimizer = library(params, lr=top, weight_decay=local.weight_decay) if library else None
+    settings = {"lr": top, "betas": (local.local_beta1, 0.999), "weight_decay": local.weight_decay}
+    optimizer = library(params, **settings) if library else None
+    if moments is not None:
+        if optimizer is None:
+            raise ValueError(f"local_optimizer is {local.local_optimizer}; only adam and adamw have moments to keep")
+        _go_on(optimizer, dict(zip(names, params, strict=True)), moments)
 
     def step(gradients: Gradients, active: torch.Tensor | None = None) -> None:
         lr = top * local.factor(next(count))
@@ -181,6 +192,8 @@ def stepper(
                 param.grad = gradient
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
+            if moments is not None:
+                moments["steps"] += 1
             if active is not None:
                 for param, old in zip(params, before, strict=True):
                     param.copy_(torch.where(rows(active, param) > 0, param, old))
@@ -214,3 +227,13 @@ def stepper(
         return vector.view(-1, *[1] * (like.dim() - 1))
 
     return step
+
+
+def _go_on(optimizer: torch.optim.Optimizer, params: Params, moments: Params) -> None:
+    """Let the optimizer's moments be the tensors in ``moments``, which it writes to."""
+    moments.setdefault("steps", torch.zeros(()))
+    for name, param in params.items():
+        first, second = (
+            moments.setdefault(f"{name}.{which}", torch.zeros_like(param)) for which in ("first", "second")
+        )
+        optimizer.state[param] = {"step": moments["steps"].cpu().clone(), "exp_avg": first, "exp_avg_sq": second}

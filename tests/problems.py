@@ -6,7 +6,7 @@ import functools
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from fedray.experiment import Experiment
 from fedray.learner import Columns, Learner
 from fedray.local_training import LocalTraining
 from fedray.models import Classifier
+from fedray.models.masked import Masking, mask
 from fedray.models.nets import softmax
 from fedray.peft.averaging import AVERAGINGS
 from fedray.peft.library import lora
@@ -195,6 +196,15 @@ def synthesis() -> Synthesis:
     return Synthesis(scribbler(), cache=folder.name)
 
 
+def masked() -> Problem:
+    """Classification of points by a perceptron with frozen weights, of which a mask is learnt."""
+
+    def build() -> nn.Module:
+        return mask(Classifier(nn.Sequential(nn.Linear(4, 12), nn.Tanh()), 12, 3), Masking("fedpm"))
+
+    return _classification((4,), build)
+
+
 class Point(nn.Module):
     """A model that is its parameters."""
 
@@ -232,6 +242,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "images": images,
     "adapted": adapted,
     "pictures": pictures,
+    "masked": masked,
 }
 SYNTHETIC = ("gpt_fl", "fgl")  # which go on with another algorithm
 LOCAL = LocalTraining(local_lr=0.05, local_epochs=2, batch_size=4, local_lr_decay=0.9)
@@ -265,6 +276,8 @@ class Exam:
 
     def make(self, local: LocalTraining = LOCAL) -> FederatedAlgorithm:
         options: dict[str, Any] = {"local": local}
+        if self.algorithm == "prism":
+            options["local"] = replace(local, local_optimizer="adam", local_lr=0.1)
         if self.algorithm in SYNTHETIC:
             central = CentralTraining(central_epochs=2, central_batch_size=8)
             options = {"base": fedavg(local=local), "synthesis": synthesis(), "central": central}
@@ -286,8 +299,8 @@ def chooses_aggregator(name: str) -> bool:
     return "aggregator" in inspect.signature(ALGORITHMS[name]).parameters
 
 
-# MOON compares representations, which a linear regression has not, and FedLoRA averages factors
-SUITS = {"moon": "blobs", "fedlora": "adapted", **dict.fromkeys(SYNTHETIC, "pictures")}
+# MOON compares representations, FedLoRA averages factors and PRISM masks, which a linear regression has not
+SUITS = {"moon": "blobs", "fedlora": "adapted", "prism": "masked", **dict.fromkeys(SYNTHETIC, "pictures")}
 BASIC = [Exam(name, SUITS.get(name, "regression")) for name in ALGORITHMS]
 LORA = [Exam("fedlora", "adapted", averaging=name) for name in AVERAGINGS]
 GROUPED = [
@@ -299,7 +312,7 @@ VARIANTS = ("fedavgm", "fedadagrad", "fedadam", "fedyogi")  # whose clients do w
 EXAMS = [
     *BASIC,
     *(Exam(name, "blobs") for name in ("fedavg", "scaffold")),
-    *(Exam(name, "images") for name in ALGORITHMS if name not in (*VARIANTS, *SYNTHETIC, "fedlora")),
+    *(Exam(name, "images") for name in ALGORITHMS if name not in (*VARIANTS, *SYNTHETIC, "fedlora", "prism")),
     *(
         Exam(name, "regression", rule)
         for name in ALGORITHMS
@@ -314,7 +327,7 @@ EXAMS = [
 
 # those whose clients all do the same in every round: not where the first one is of synthetic data
 FEDERATED = [exam for exam in BASIC if exam.algorithm not in ("centralized", *SYNTHETIC)]
-STATEFUL = [exam for exam in BASIC if exam.algorithm in ("scaffold", "feddyn", "moon", "local_only")]
+STATEFUL = [exam for exam in BASIC if exam.algorithm in ("scaffold", "feddyn", "moon", "prism", "local_only")]
 exams = functools.partial(pytest.mark.parametrize, "exam", ids=str)
 
 

@@ -93,6 +93,7 @@ ONLY_FROM = {
         "fedray.algorithms",
         "fedray.algorithm",
         "fedray.aggregators",
+        "fedray.bits",
         "fedray.errors",
         "fedray.learner",
         "fedray.local_training",

@@ -25,6 +25,7 @@ from fedray.samplers import Population, Selection
 MODEL = 4 * (3 + 1)  # float32 weights and bias of the linear regression
 PERCEPTRON = 4 * (4 * 6 + 6 + 6 * 3 + 3)
 ADAPTED = 4 * (3 * (4 + 6) + 3 * (6 + 5) + 5 * 3 + 3)  # factors of rank 3 of two layers, and a head
+MASKED = 4 * (4 * 12 + 12 * 3)  # the scores
 COHORT = 7
 
 # bytes of one client's (update, broadcast), by what the papers say is sent
@@ -41,6 +42,7 @@ SENT = {
     "moon": (1, 1, 0),
     "dp_fedavg": (1, 1, 0),
     "fedlora": (1, 1, 0),  # whose other rules are counted in test_averaging.py
+    "prism": (0, 1, 11),  # a bit for each of 84 weights, and scores
     "local_only": (0, 0, 0),
     "centralized": (0, 0, 0),
 }
@@ -51,7 +53,7 @@ SENT = {
 )
 def test_a_round_costs_what_the_algorithm_sends(exam: Exam):
     up, down, extra = SENT[exam.algorithm]
-    size = {"regression": MODEL, "blobs": PERCEPTRON, "adapted": ADAPTED}[exam.problem]
+    size = {"regression": MODEL, "blobs": PERCEPTRON, "adapted": ADAPTED, "masked": MASKED}[exam.problem]
     ledger = Ledger()
     train(exam.task(), exam.make(), MeteredBackend(exam.backend(3), ledger), 2)
     assert ledger.entry() == {

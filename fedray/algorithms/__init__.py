@@ -14,6 +14,7 @@ from fedray.algorithms.fedprox import fedprox
 from fedray.algorithms.fgl import fgl
 from fedray.algorithms.gpt_fl import gpt_fl
 from fedray.algorithms.moon import moon
+from fedray.algorithms.prism import prism
 from fedray.algorithms.scaffold import scaffold
 
 ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
@@ -30,6 +31,7 @@ ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
     "dp_fedavg": dp_fedavg,
     "fedlora": fedlora,
     "gpt_fl": gpt_fl,
+    "prism": prism,
     "fgl": fgl,
     "local_only": local_only,
     "centralized": centralized,

@@ -15,7 +15,11 @@ def frechet_distance(real: np.ndarray, fake: np.ndarray) -> float:
     ‖μ_r − μ_f‖² + tr(C_r + C_f − 2 (C_r C_f)^{1/2}); the last trace is the sum of the roots of the eigenvalues of
     C_r^{1/2} C_f C_r^{1/2}, which are real and not negative whatever the rank of the covariances.
     """
-    (mean_r, cov_r), (mean_f, cov_f) = (_moments(features) for features in (real, fake))
+    return frechet_of(*_moments(real), *_moments(fake))
+
+
+def frechet_of(mean_r: np.ndarray, cov_r: np.ndarray, mean_f: np.ndarray, cov_f: np.ndarray) -> float:
+    """The same from means, shape (d,), and covariances, shape (d, d)."""
     root = _root(cov_r)
     cross = np.sqrt(np.clip(linalg.eigvalsh(root @ cov_f @ root), 0, None)).sum()
     return max(0.0, float(np.square(mean_r - mean_f).sum() + np.trace(cov_r) + np.trace(cov_f) - 2 * cross))

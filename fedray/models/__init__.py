@@ -20,6 +20,7 @@ from torch import nn
 from fedray.models.causal_lm import causal_lm
 from fedray.models.classifier import Classifier
 from fedray.models.clip import clip
+from fedray.models.masked import masked
 from fedray.models.nets import cnn, convnet, lenet, mlp, softmax
 from fedray.models.pretrained import pretrained
 from fedray.models.resnet import resnet18, resnet20
@@ -33,6 +34,7 @@ __all__ = [
     "cnn",
     "convnet",
     "lenet",
+    "masked",
     "mlp",
     "pretrained",
     "resnet18",
@@ -48,6 +50,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "convnet": convnet,
     "resnet18": resnet18,
     "resnet20": resnet20,
+    "masked": masked,
     "pretrained": pretrained,
     "clip": clip,
 }

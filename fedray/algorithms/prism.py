@@ -1,0 +1,101 @@
+"""PRISM (Seo, Han and Yoo, ICLR 2025) and FedPM (Isik et al., ICLR 2023): clients learn and send binary masks.
+
+θ = sigmoid(s) are probabilities of a mask over frozen random weights. Client k trains scores s_k from s_t and sends a
+mask M_k ~ Bern(θ_k), a bit a weight; θ̄ = mean_k M_k. MADA moves from the old scores to logit(θ̄) as far as two global
+masks, M_old ~ Bern(sigmoid(s_t)) and M_new ~ Bern(θ̄), differ: s_{t+1} = d·logit(θ̄) + (1 − d)·s_t.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedray.aggregators import total
+from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
+from fedray.bits import check, density, distance, draw, entropy, flat, pack, shaped, split, unpacking
+from fedray.learner import Learner
+from fedray.local_training import LocalTraining
+from fedray.seeds import seed_for
+from fedray.trees import Params, scale
+
+FLOOR = 0.01  # a mask's 0 and 1 count as 0.01 and 0.99, so that scores stay finite
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The scores s, and the Beta posterior's counts of ones and of masks since its reset."""
+
+    params: Params
+    ones: torch.Tensor
+    masks: float
+
+
+def prism(
+    *,
+    local: LocalTraining,
+    mada: Literal["hamming", "cosine", "fixed", "off"] = "hamming",
+    rate: float = 0.5,
+    similar: bool = False,
+    space: Literal["score", "probability"] = "score",
+    reset_every: int = 1,
+    masks: int = 1,
+    alpha: float = 0.0,
+    clip: float = 0.0,
+) -> FederatedAlgorithm:
+    """Stochastic binary masks with a dynamic moving average (PRISM, Seo et al., 2025; mada=off is PRISM† and FedPM).
+
+    Args:
+        local: How a client trains its scores; Adam's moments stay with it. The paper: Adam at 0.1, 100 steps, batch 64.
+        mada: The distance d of the two global masks that says how far the server moves; fixed for a fixed average, off
+            to move all the way.
+        rate: d of a fixed average.
+        similar: Move by 1 − d instead: the other reading of the paper's text.
+        space: Whether the average is of scores (the released code) or of probabilities (the paper's figure).
+        reset_every: Rounds after which FedPM's Beta posterior starts anew; 1 for the mean of the round's masks.
+        masks: Masks that a client sends.
+        alpha: Share of the weights, in the last layers, whose scores are sent and averaged instead (PRISM-α).
+        clip: Probabilities are kept within this distance of 0 and 1 before masks are drawn.
+    """
+    check(alpha=(alpha, 0, 1), clip=(clip, 0, 0.49), rate=(rate, 0, 1), reset_every=(reset_every, 1), masks=(masks, 1))
+
+    def client_update(learner: Learner, scores: Params, client: Client) -> ClientResult:
+        kept = {} if client.state is None else client.state
+        moments = {name: tensor.clone() for name, tensor in kept.get("moments", {}).items()}
+        objective = getattr(learner.task, "objective", None)
+        loss = objective(learner, client, kept.get("objective")) if objective else None
+        y = learner.train(scores, client, local, loss=loss, moments=moments)
+        masked, scored = split(y.params, 1 - alpha)
+        theta = flat(masked).sigmoid().clamp(clip, 1 - clip)
+        bits = [draw(theta, seed_for(client.seed, "mask", i)) for i in range(masks)]
+        before = draw(flat(split(scores, 1 - alpha)[0]).sigmoid(), seed_for(client.seed, "global"))
+        metrics = {"train_loss": y.loss, "local_divergence": distance(before, bits[0])}
+        state = {"moments": moments, **({"objective": loss.kept} if loss else {})}
+        return ClientResult({"masks": [pack(each) for each in bits], "scores": scored}, 1, metrics, state)
+
+    def init(scores: Params) -> ServerState:
+        return ServerState(scores, torch.zeros_like(flat(split(scores, 1 - alpha)[0])), 0.0)
+
+    def apply(state: ServerState, cohort: Sequence[Client], backend: Backend) -> tuple[ServerState, Metrics]:
+        old, rule = flat(split(state.params, 1 - alpha)[0]), unpacking(total(), len(state.ones))
+        (sent, present), metrics = backend.map_reduce(client_update, state.params, cohort, rule, keeps_state=True)
+        goes_on = (cohort[0].round - 1) % reset_every != 0
+        ones = sent["ones"] + goes_on * state.ones
+        count = present * masks + goes_on * state.masks
+        theta = FLOOR + (1 - 2 * FLOOR) * ones / count
+        m_old, m_new = (
+            draw(old.sigmoid(), seed_for(cohort[0].seed, "old")),
+            draw(theta, seed_for(cohort[0].seed, "new")),
+        )
+        d = 1.0 if mada == "off" else distance(m_old, m_new, mada) if mada != "fixed" else rate
+        d = 1 - d if similar else d
+        new = d * theta.logit() + (1 - d) * old
+        if space == "probability":
+            new = (d * theta + (1 - d) * old.sigmoid()).logit()
+        about = {"mada_weight": d, "mask_density": density(m_new), "mask_entropy": entropy(density(m_new))}
+        return ServerState(shaped(new, state.params) | scale(sent["scores"], 1 / present), ones, count), {
+            **metrics,
+            **about,
+        }
+
+    return FederatedAlgorithm(init, apply)

@@ -1,0 +1,100 @@
+"""Binary masks as vectors of bits, and on their way as packed bytes: a bit a weight, and no more."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fedray.aggregators import Aggregator
+from fedray.algorithm import Client, ClientResult
+from fedray.trees import Params
+
+
+def flat(params: Params) -> torch.Tensor:
+    """All tensors as one vector on the CPU, in their order; an empty one of none."""
+    return torch.cat([p.detach().cpu().flatten() for p in params.values()]) if params else torch.zeros(0)
+
+
+def shaped(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> Params:
+    """A vector cut into tensors of the shapes of ``like``, the first ones, as far as it goes."""
+    cut, start = {}, 0
+    for name, tensor in like.items():
+        if start + tensor.numel() > len(vector):
+            break
+        cut[name] = vector[start : start + tensor.numel()].view(tensor.shape)
+        start += tensor.numel()
+    return cut
+
+
+def split(params: Params, share: float) -> tuple[Params, Params]:
+    """The first tensors, until they hold this share of all numbers, and the others."""
+    left, first = share * sum(p.numel() for p in params.values()), {}
+    for name, p in params.items():
+        if left > 0:
+            first[name], left = p, left - p.numel()
+    return first, {name: p for name, p in params.items() if name not in first}
+
+
+def draw(theta: torch.Tensor, seed: int) -> torch.Tensor:
+    """A mask (bool) whose bits are true with the probabilities ``theta``."""
+    return torch.rand(theta.shape, generator=torch.Generator().manual_seed(seed)) < theta
+
+
+def pack(bits: torch.Tensor) -> torch.Tensor:
+    """Bits (bool) as bytes, eight in each; the last is filled up with zeros."""
+    return torch.from_numpy(np.packbits(bits.numpy()))
+
+
+def unpack(packed: torch.Tensor, size: int) -> torch.Tensor:
+    """The first ``size`` bits of packed bytes, as uint8."""
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=size))
+
+
+def unpacking(inner: Aggregator, size: int) -> Aggregator:
+    """An aggregation of updates ``{"masks": [packed, ...], "scores": ...}`` as ``{"ones": ..., "scores": ...}``.
+
+    ``ones`` counts, of each bit, the masks of a client that have it. Bytes are sent, and unpacked where they are added.
+    """
+
+    def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
+        ones = sum(unpack(packed, size).to(torch.int32) for packed in result.update["masks"])
+        update = {"ones": ones, "scores": {name: s.cpu() for name, s in result.update["scores"].items()}}
+        return inner.accumulate(acc, client, replace(result, update=update))
+
+    return replace(inner, accumulate=accumulate)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor, kind: Literal["hamming", "cosine"] = "hamming") -> float:
+    """The share of bits that differ, or one minus the cosine of the two vectors of zeros and ones.
+
+    >>> a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])
+    >>> distance(a, b)
+    0.25
+    """
+    if kind == "cosine":
+        return float(1 - (a & b).sum() / (a.sum() * b.sum()).sqrt().clamp_min(1))
+    return float((a != b).float().mean()) if len(a) else 0.0
+
+
+def density(bits: torch.Tensor) -> float:
+    """The share of ones."""
+    return float(bits.float().mean()) if len(bits) else 0.0
+
+
+def entropy(p: float) -> float:
+    """Bits that a bit is worth which is true with probability ``p``.
+
+    >>> entropy(0.5), entropy(1.0)
+    (1.0, 0.0)
+    """
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+
+
+def check(**options: tuple[float, ...]) -> None:
+    """Raise a ValueError for the first option, (value, least, most), that is out of its range."""
+    for name, (value, least, *most) in options.items():
+        if value < least or (most and value > most[0]):
+            raise ValueError(f"{name} is {value}; it must be {f'in {least}..{most[0]}' if most else f'>= {least}'}")

@@ -1,0 +1,199 @@
+"""Fixed networks whose activations a generator's pictures have to match, and are compared by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedray.data.dataset import Dataset
+from fedray.errors import DataError
+from fedray.models import hugging_face
+
+Maps = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMaps:
+    """A network that is built where it is needed.
+
+    Attributes:
+        name: What reports call it; figures under different ones are not comparable.
+        build: A module; it takes pictures (N, 1 or 3, H, W) in -1..1 and returns features to match, (N, F), and
+            features to compare by, (N, d).
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The network on a device, in evaluation mode; built once a process."""
+        return _built(self, device)
+
+
+@lru_cache(maxsize=2)
+def _built(maps: FeatureMaps, device: torch.device) -> nn.Module:
+    with torch.random.fork_rng():
+        return maps.build().to(device).requires_grad_(False)
+
+
+class _Cnn(nn.Module):
+    """Three convolutions with pooling, and a linear layer to classes."""
+
+    def __init__(self, channels: int, size: int, classes: int, width: int) -> None:
+        super().__init__()
+        widths = [channels, width, 2 * width, 4 * width]
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.head = nn.Linear(4 * width, classes)
+
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for layer in self.layers:
+            x = F.relu(layer(x))
+            found.append(x)
+            x = F.avg_pool2d(x, 2)
+        return found
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.maps(x)[-1].mean((2, 3)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.maps(x)
+        return torch.cat([each.flatten(1) for each in found], 1), found[-1].mean((2, 3))
+
+
+def small_cnn(shape: tuple[int, ...], /, data: Dataset, width: int = 16, epochs: int = 3, seed: int = 0) -> FeatureMaps:
+    """A small classifier, trained here and now on public pictures: a substitute for VGG19, and labelled so.
+
+    Args:
+        shape: (C, H, W) of a picture.
+        data: Public data that no client holds, such as a `public_split` with part=public.
+        width: Channels of the first of three layers.
+        epochs: Passes over the data.
+        seed: Seed of the weights and of the order.
+    """
+    from fedray.models.pictures import in_range
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # whose number would be seen in the bits
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = _Cnn(shape[0], shape[-1], data.num_classes, width)
+            optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+            y = torch.from_numpy(np.array(data.train["y"]))
+            for _ in range(epochs):
+                for rows in torch.randperm(len(y)).split(128):
+                    x = in_range(torch.from_numpy(data.train["x"][rows.numpy()]), shape[-1])
+                    loss = F.cross_entropy(network.logits(x), y[rows])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+    def build() -> nn.Module:
+        made = _Cnn(shape[0], shape[-1], data_classes, width)
+        made.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
+        return made.eval()
+
+    data_classes = data.num_classes
+    return FeatureMaps("substitute CNN", build)
+
+
+def vgg19_bn(shape: tuple[int, ...], /, path: str) -> FeatureMaps:
+    """VGG19 with BatchNorm (torchvision's ImageNet weights): all 16 ReLU maps, as PRISM and GFMN have it.
+
+    BatchNorm uses the statistics of the batch, as in the released code.
+
+    Args:
+        shape: (C, H, W) of a picture.
+        path: A file with torchvision's state_dict, as safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as safetensors ({error}); save vgg19_bn's state_dict so") from error
+
+    def build() -> nn.Module:
+        network = Vgg19()
+        kept = {name: tensor for name, tensor in weights.items() if name.startswith("features.")}
+        try:
+            network.load_state_dict(kept)
+        except RuntimeError as error:
+            raise DataError(f"{path} does not hold torchvision's vgg19_bn: {' '.join(str(error).split())}") from error
+        return network.train()
+
+    return FeatureMaps("VGG19-BN", build)
+
+
+class Vgg19(nn.Module):
+    """The convolutions of VGG19 with BatchNorm, under torchvision's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 3
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0):
+            if width == 0:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            before = width
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All ReLU maps (N, F), F = 303,104 at 32×32; and the last one's mean (N, 512)."""
+        x, found = x.expand(-1, 3, -1, -1), []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                found.append(x)
+        return torch.cat([each.flatten(1) for each in found], 1), found[-1].mean((2, 3))
+
+
+def vision_transformer(shape: tuple[int, ...], /, path: str, layer: int | None = None, size: int = 56) -> FeatureMaps:
+    """Tokens of a vision Transformer of the hub or a local folder, such as DINOv2-small.
+
+    Args:
+        shape: (C, H, W) of a picture.
+        path: Hub id or local folder.
+        layer: Blocks that are used; None for all.
+        size: Height and width that pictures are resized to.
+    """
+
+    def build() -> nn.Module:
+        return _Tower(hugging_face.image_tower(hugging_face.load(path), layer), path, size)
+
+    build()  # a folder that is none says so now
+    return FeatureMaps(path.rstrip("/").rpartition("/")[2], build)
+
+
+class _Tower(nn.Module):
+    def __init__(self, tower: Any, path: str, size: int) -> None:
+        super().__init__()
+        self.tower, self.size = tower, size
+        mean, std = hugging_face.own_moments(path, tower.config.model_type)
+        self.mean, self.std = (nn.Buffer(torch.tensor(values).view(-1, 1, 1)) for values in (mean, std))
+        self.options = {"interpolate_pos_encoding": True} if size != tower.config.image_size else {}
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = F.interpolate(x.expand(-1, 3, -1, -1), (self.size, self.size), mode="bilinear", align_corners=False)
+        tokens = self.tower(pixel_values=((x + 1) / 2 - self.mean) / self.std, **self.options).last_hidden_state
+        return tokens.flatten(1), tokens[:, 0]
+
+
+FEATURE_MAPS: dict[str, Callable[..., FeatureMaps]] = {
+    "small_cnn": small_cnn,
+    "vgg19_bn": vgg19_bn,
+    "vision_transformer": vision_transformer,
+}

@@ -1,0 +1,377 @@
+"""PRISM and FedPM: mask layers, bits on their way, the server's moving average, and matching of features."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from problems import SIZES, Exam, assert_same_bits, make, masked, train
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fedray.aggregators import total
+from fedray.algorithm import Client, ClientResult
+from fedray.backends.serial import SerialBackend
+from fedray.bits import distance, draw, flat, pack, shaped, split, unpack, unpacking
+from fedray.data.dataset import make_dataset
+from fedray.data.partitions import iid
+from fedray.errors import DataError
+from fedray.experiment import plan
+from fedray.export import export, load_masked
+from fedray.learner import Learner
+from fedray.ledger import Ledger, MeteredBackend
+from fedray.local_training import LocalTraining
+from fedray.metrics.quality import frechet_distance
+from fedray.models.feature_maps import Vgg19, small_cnn
+from fedray.models.image_generators import masked_resnet_generator, resnet_generator
+from fedray.models.masked import Masking, mask
+from fedray.models.pictures import in_range
+from fedray.runs import run
+from fedray.tasks.generation import Generation, Matching, generation
+
+LOCAL = LocalTraining(local_optimizer="adam", local_lr=0.1, local_beta1=0.5, batch_size=4)
+
+
+def scores(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- mask layers
+
+
+@pytest.mark.parametrize(("channels", "count"), [(1, 3_543_616), (3, 3_544_768)])
+def test_the_papers_generator_has_the_papers_number_of_masked_weights(channels, count):
+    with torch.device("meta"):
+        model = resnet_generator((channels, 32, 32))
+    assert sum(p.numel() for p in model.parameters() if p.dim() > 1) == count
+    small = masked_resnet_generator((channels, 16, 16), width=2, latent=3)
+    assert sum(s.numel() for s in scores(small).values()) == sum(
+        layer.weight.numel() for layer in small.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    )
+    assert all(name.endswith("scores") for name in scores(small))
+    assert small(torch.randn(5, 3)).shape == (5, channels, 16, 16)
+
+
+def test_frozen_weights_are_signed_constants_by_pytorchs_fan_in_and_follow_from_the_seed():
+    def weights(kind: str) -> list[torch.Tensor]:
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.ConvTranspose2d(6, 5, 4), nn.Conv2d(5, 3, 3), nn.Linear(7, 2))
+        mask(model, Masking(kind))
+        return [layer.parametrizations.weight.original for layer in model]
+
+    for w, fan_in in zip(weights("signed_constant"), (5 * 16, 5 * 9, 7), strict=True):
+        torch.testing.assert_close(w.abs(), torch.full_like(w, math.sqrt(2 / fan_in)))
+        assert 0 < (w > 0).float().mean() < 1
+        assert not w.requires_grad
+    for w, fan_in in zip(weights("fedpm"), (5 * 16, 5 * 9, 7), strict=True):
+        torch.testing.assert_close(w.abs(), torch.full_like(w, math.e / math.sqrt(fan_in)))
+    assert weights("kaiming_normal")[0].std() == pytest.approx(math.sqrt(2 / 80), rel=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(weights("fedpm"), weights("fedpm"), strict=True))
+
+
+def layer_with(scored: list[float], **options: object) -> nn.Module:
+    layer = mask(nn.Linear(len(scored), 1), Masking(**options))
+    with torch.no_grad():
+        layer.parametrizations.weight[0].scores.copy_(torch.tensor([scored]))
+    return layer
+
+
+def test_every_forward_pass_draws_a_mask_with_the_scores_probabilities():
+    torch.manual_seed(0)
+    layer = layer_with([-2.0, 0.0, 2.0])
+    w = layer.parametrizations.weight.original
+    drawn = torch.stack([(layer.weight / w).detach()[0] for _ in range(4000)])
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(drawn.mean(0), torch.sigmoid(torch.tensor([-2.0, 0.0, 2.0])), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_gradient_is_straight_through_or_that_times_theta(scaled):
+    layer = layer_with([-1.0, 0.5, 2.0], scaled_gradient=scaled)
+    s, w = layer.parametrizations.weight[0].scores, layer.parametrizations.weight.original
+    x = torch.tensor([[1.0, -2.0, 3.0]])
+    [gradient] = torch.autograd.grad(layer(x).sum(), [s])
+    theta = torch.sigmoid(s)
+    expected = x * w * theta * (1 - theta) * (theta if scaled else 1)
+    torch.testing.assert_close(gradient, expected.detach())
+
+
+def test_top_k_keeps_the_largest_and_a_threshold_the_probable():
+    top = layer_with([-3.0, 0.1, 2.0, -0.2], mode="top_k", keep=0.5)
+    assert (top.weight != 0).tolist() == [[True, False, True, False]]
+    assert torch.equal(top.weight, top.weight)
+    above = layer_with([-3.0, 0.1, 2.0, -0.2], mode="threshold")
+    assert (above.weight != 0).tolist() == [[False, True, True, False]]
+    with pytest.raises(ValueError, match=r"keep is 0.0; it must be above 0"):
+        Masking(keep=0.0)
+
+
+# --- bits
+
+
+def test_bits_survive_packing_whatever_their_number():
+    for size in (1, 7, 8, 9, 1000):
+        bits = draw(torch.full((size,), 0.4), seed=size)
+        assert len(pack(bits)) == -(-size // 8)
+        assert torch.equal(unpack(pack(bits), size).bool(), bits)
+
+
+def test_trees_survive_being_flat_and_splits_hold_everything():
+    tree = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4.0), "c": torch.ones(())}
+    again = shaped(flat(tree), tree)
+    assert all(torch.equal(again[name], tree[name]) for name in tree)
+    assert [list(part) for part in split(tree, 0.5)] == [["a"], ["b", "c"]]
+    assert [list(part) for part in split(tree, 0.0)] == [[], ["a", "b", "c"]]
+    assert [list(part) for part in split(tree, 1.0)] == [["a", "b", "c"], []]
+
+
+def test_masks_are_added_bit_by_bit_and_in_any_grouping():
+    masks = [draw(torch.full((13,), 0.5), seed) for seed in range(6)]
+    rule = unpacking(total(), 13)
+    results = [ClientResult({"masks": [pack(m)], "scores": {}}, 1) for m in masks]
+    whole = rule.zero()
+    for result in results:
+        whole = rule.accumulate(whole, Client(0, 0), result)
+    parts = [rule.zero(), rule.zero()]
+    for k, result in enumerate(results):
+        parts[k % 2] = rule.accumulate(parts[k % 2], Client(0, 0), result)
+    (ones, count), merged = rule.report(whole), rule.report(rule.merge(*parts))
+    assert count == 6
+    assert torch.equal(ones["ones"], torch.stack(masks).sum(0).float())
+    assert torch.equal(merged[0]["ones"], ones["ones"])
+
+
+def test_distances_of_masks():
+    a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])
+    assert distance(a, b) == 0.25
+    assert distance(a, b, "cosine") == pytest.approx(1 - 1 / math.sqrt(2))
+    assert distance(a, a, "cosine") == pytest.approx(0)
+
+
+# --- the algorithm
+
+
+def states(**options):
+    return [r.state for r in train(masked(), make("prism", local=LOCAL, **options), SerialBackend(masked()), 3)]
+
+
+def test_a_client_sends_a_bit_a_weight_and_receives_scores():
+    size = len(flat(Learner(masked(), "cpu").params()))
+    for masks in (1, 3):
+        ledger = Ledger()
+        train(masked(), make("prism", local=LOCAL, masks=masks), MeteredBackend(SerialBackend(masked()), ledger), 1)
+        assert (ledger.up, ledger.down) == (7 * masks * -(-size // 8), 7 * 4 * size)
+
+
+def test_without_mada_the_scores_are_the_logits_of_the_mean_mask():
+    [first, *_] = states(mada="off")
+    share = flat(first.params).sigmoid()
+    levels = 0.01 + 0.98 * torch.arange(8) / 7
+    assert (share[:, None] - levels).abs().min(1).values.max() < 1e-5
+
+
+def test_mada_at_rate_one_is_no_mada_and_at_rate_zero_stands_still():
+    assert_same_bits(states(mada="fixed", rate=1.0)[-1].params, states(mada="off")[-1].params)
+    [first, *_] = states(mada="fixed", rate=0.0)
+    assert_same_bits(first.params, Learner(masked(), "cpu").params())
+
+
+def test_mada_moves_as_far_as_the_masks_differ():
+    history = train(masked(), make("prism", local=LOCAL), SerialBackend(masked()), 1)
+    [off] = train(masked(), make("prism", local=LOCAL, mada="off"), SerialBackend(masked()), 1)
+    d = history[0].metrics["mada_weight"]
+    assert 0 < d < 1
+    old = Learner(masked(), "cpu").params()
+    for name, s in history[0].state.params.items():
+        torch.testing.assert_close(s, d * off.state.params[name] + (1 - d) * old[name])
+    [other] = train(masked(), make("prism", local=LOCAL, similar=True), SerialBackend(masked()), 1)
+    assert other.metrics["mada_weight"] == pytest.approx(1 - d)
+
+
+def test_a_posterior_that_is_not_reset_is_the_mean_of_all_masks():
+    once, twice, thrice = states(mada="off", reset_every=100)
+    assert [s.masks for s in (once, twice, thrice)] == [7, 14, 21]
+    assert (twice.ones >= once.ones).all()
+    torch.testing.assert_close(flat(thrice.params).sigmoid(), 0.01 + 0.98 * thrice.ones / 21, rtol=0, atol=1e-5)
+    assert [s.masks for s in states(reset_every=2)] == [7, 14, 7]
+
+
+def test_all_scores_are_averaged_at_alpha_one_as_in_fedavg():
+    [plain] = train(masked(), make("prism", local=LOCAL, alpha=1.0), SerialBackend(masked()), 1)
+    averaged = make("fedavg", local=LOCAL, weighting="uniform")
+    [fedavg] = train(masked(), averaged, SerialBackend(masked()), 1)
+    for name, s in fedavg.state.params.items():
+        torch.testing.assert_close(plain.state.params[name], s, rtol=1e-5, atol=1e-6)
+
+
+def test_clients_keep_their_moments():
+    exam = Exam("prism", "masked")
+    backend = exam.backend()
+    train(exam.task(), exam.make(), backend, 2, cohort=len(SIZES))
+    steps = {client: float(state["moments"]["steps"]) for client, (_, state) in backend.client_states.committed.items()}
+    assert steps == {client: 2.0 * 2 * -(-size // 4) for client, size in enumerate(SIZES)}
+
+
+def test_moments_that_are_kept_make_two_short_trainings_one_long_one():
+    learner, quiet = Learner(masked(), "cpu"), replace(LOCAL, shuffle=False, batch_size=8)
+
+    def loss(model: nn.Module, batch: object) -> torch.Tensor:
+        return sum(s.square().sum() for s in scores(model).values())
+
+    start, moments = learner.params(), {}
+    long = learner.train(start, Client(4, 1), replace(quiet, local_steps=4), loss=loss).params
+    half = learner.train(start, Client(4, 1), replace(quiet, local_steps=2), loss=loss, moments=moments).params
+    both = learner.train(half, Client(4, 1), replace(quiet, local_steps=2), loss=loss, moments=moments).params
+    assert_same_bits(both, long)
+    forgot = learner.train(half, Client(4, 1), replace(quiet, local_steps=2), loss=loss).params
+    assert not torch.equal(flat(forgot), flat(long))
+    with pytest.raises(ValueError, match="local_optimizer is sgd; only adam and adamw have moments"):
+        learner.train(start, Client(4, 1), LocalTraining(), moments={})
+
+
+def test_options_out_of_range_say_so():
+    for option, value, message in (
+        ("alpha", 1.5, r"alpha is 1.5; it must be in 0..1"),
+        ("clip", 0.5, r"clip is 0.5; it must be in 0..0.49"),
+        ("masks", 0, r"masks is 0; it must be >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make("prism", local=LOCAL, **{option: value})
+
+
+# --- matching of features
+
+
+def pictures_task(**options) -> Generation:
+    draw_ = np.random.default_rng(0)
+    columns = {"x": draw_.integers(0, 256, (40, 1, 8, 8)).astype(np.uint8), "y": np.arange(40) % 2}
+    data = make_dataset("noise", columns, columns, ["a", "b"])
+    settings = {"partition": lambda d, seed: iid(d, seed, num_clients=4), "size": 8}
+    settings["features"] = lambda shape: small_cnn(shape, data, width=2, epochs=1)
+    settings["model"] = lambda shape: masked_resnet_generator(shape, width=4, latent=5)
+    return generation(0, data=data, **(settings | options))
+
+
+def test_the_moments_of_a_client_are_those_of_its_pictures():
+    task = pictures_task()
+    learner = Learner(task, "cpu")
+    kept = task.objective(learner, Client(1, 7), None).kept
+    x = in_range(task.examples(1)["x"], 8)
+    features = task.feature_maps.on(learner.device)(x)[0]
+    torch.testing.assert_close(kept["mean"], features.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kept["var"], features.var(0), rtol=1e-4, atol=1e-6)
+    assert kept["a"].abs().max() <= len(kept["a"]) ** -0.5
+
+
+def test_the_adam_moving_average_follows_the_differences_of_moments():
+    class Fixed(nn.Module):
+        latent = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.level = nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return self.level + 0 * z
+
+    kept = {"mean": torch.tensor([1.0, -1.0]), "var": torch.zeros(2), "steps": torch.zeros(())}
+    kept |= {f"{v}{m}": torch.zeros(2) for v in "ab" for m in ("", "_first", "_second")}
+    matching, model = Matching(lambda x: (x, x), kept, "adam", 0.05), Fixed()
+    ours, theirs = [], torch.zeros(2, requires_grad=True)
+    adam = torch.optim.Adam([theirs], lr=0.05, betas=(0.5, 0.999))
+    for _ in range(5):
+        loss = matching(model, {"x": torch.zeros(3, 2)})
+        adam.zero_grad()
+        (theirs - torch.tensor([1.0, -1.0])).square().mean().backward()
+        adam.step()
+        ours.append(loss.item())
+    torch.testing.assert_close(kept["a"], theirs.detach(), rtol=1e-4, atol=1e-6)
+    assert ours[-1] == pytest.approx(float(kept["a"] @ torch.tensor([1.0, -1.0])), rel=1e-5)
+    [gradient] = torch.autograd.grad(matching(model, {"x": torch.zeros(3, 2)}), [model.level])
+    assert float(gradient) == pytest.approx(-float(kept["a"].sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("averaging", ["adam", "moving", "none"])
+def test_a_federation_of_masks_is_the_same_for_any_number_of_shares(averaging):
+    task = pictures_task(averaging=averaging)
+    local = replace(LOCAL, local_steps=2)
+    found = []
+    for shares in (1, 3):
+        backend = SerialBackend(task, shares)
+        [_, last] = train(task, make("prism", 4, local=local), backend, cohort=4)
+        found.append((last.state, last.metrics, backend.client_states))
+    assert_same_bits(found[0], found[1])
+
+
+def test_the_distance_that_is_measured_is_the_frechet_distance_of_features():
+    task = pictures_task()
+    learner = Learner(task, "cpu")
+    params = learner.params()
+    metrics = learner.test(params)
+    again = Learner(task, "cpu").test(params)
+    assert metrics == again
+    seen = []
+    maps = task.feature_maps.on(learner.device)
+    handle = maps.register_forward_hook(lambda _m, _i, out: seen.append(out[1].numpy().astype(np.float64)))
+    learner.test(params)
+    handle.remove()
+    assert metrics["frechet_distance"] == pytest.approx(frechet_distance(*seen), rel=1e-4)
+
+
+def test_vgg_has_the_papers_number_of_features():
+    with torch.device("meta"):
+        found, pooled = Vgg19()(torch.zeros(2, 1, 32, 32))
+    assert found.shape == (2, 303_104)
+    assert pooled.shape == (2, 512)
+
+
+def test_a_configuration_of_prism_runs_and_says_what_it_was_compared_by(tmp_path):
+    values = {
+        "rounds": 2,
+        "cohort": 3,
+        "task": {
+            "name": "generation",
+            "data": {"name": "subset", "of": "digits", "train": 60, "test": 40},
+            "partition": {"name": "shards", "num_clients": 3},
+            "model": {"name": "masked_resnet_generator", "width": 4, "latent": 4, "scores": "uniform"},
+            "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1},
+            "size": 8,
+        },
+        "algorithm": {"name": "prism", "local_optimizer": "adam", "local_steps": 2},
+        "backend": "serial",
+    }
+    assert len(plan(values).experiment.task.sizes) == 3
+    done = run(values, out=tmp_path / "run")
+    assert done.final["frechet_distance"] > 0
+    assert '"substitute CNN"' in (tmp_path / "run" / "evaluation.json").read_text()
+    assert parametrize.is_parametrized(plan(values).experiment.task.model().first)
+    folder = export(tmp_path / "run", tmp_path / "mask")
+    model, about = load_masked(folder), json.loads((folder / "mask.json").read_text())
+    assert (folder / "mask.safetensors").stat().st_size < 200 + about["bytes"] < 200 + about["bytes_float32"] / 30
+    assert not any(name.endswith("scores") for name, _ in model.named_parameters())
+    weights = torch.cat([p.flatten() for p in model.parameters() if p.dim() > 1])
+    assert len(weights) == about["weights"]
+    assert float((weights != 0).float().mean()) == pytest.approx(about["density"])
+    z = torch.randn(3, 4)
+    assert torch.equal(model(z), model(z))
+    (folder / "mask.safetensors").unlink()
+    with pytest.raises(DataError, match="holds no exported mask"):
+        load_masked(folder)
+
+
+def test_fedpm_learns_a_mask_of_a_classifier(tmp_path):
+    values = {
+        "rounds": 12,
+        "cohort": 5,
+        "task": {
+            "name": "classification",
+            "data": "digits",
+            "partition": {"name": "iid", "num_clients": 5},
+            "model": {"name": "masked", "of": {"name": "mlp", "hidden": [64]}, "frozen": "fedpm"},
+        },
+        "algorithm": {"name": "prism", "mada": "off", "local_optimizer": "adam", "local_lr": 0.1, "local_epochs": 2},
+        "backend": "serial",
+    }
+    assert run(values, out=tmp_path / "run").final["test_accuracy"] > 0.8
