@@ -232,6 +232,8 @@ def test_moments_that_are_kept_make_two_short_trainings_one_long_one():
 
 
 def test_options_out_of_range_say_so():
+    with pytest.raises(ValueError, match="local_optimizer is sgd; scores are learnt by adam or adamw"):
+        make("prism", local=LocalTraining())
     for option, value, message in (
         ("alpha", 1.5, r"alpha is 1.5; it must be in 0..1"),
         ("clip", 0.5, r"clip is 0.5; it must be in 0..0.49"),

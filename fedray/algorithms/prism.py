@@ -57,6 +57,8 @@ def prism(
         alpha: Share of the weights, in the last layers, whose scores are sent and averaged instead (PRISM-α).
         clip: Probabilities are kept within this distance of 0 and 1 before masks are drawn.
     """
+    if local.local_optimizer == "sgd":
+        raise ValueError("local_optimizer is sgd; scores are learnt by adam or adamw, whose moments the clients keep")
     check(alpha=(alpha, 0, 1), clip=(clip, 0, 0.49), rate=(rate, 0, 1), reset_every=(reset_every, 1), masks=(masks, 1))
 
     def client_update(learner: Learner, scores: Params, client: Client) -> ClientResult:
