@@ -11,8 +11,8 @@ from fedray.models import Classifier
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 MODELS = {
-    name: made for name, made in models.MODELS.items() if name not in ("pretrained", "clip", "masked")
-}  # these have tests/test_pretrained.py, tests/test_clip.py and tests/test_prism.py
+    name: made for name, made in models.MODELS.items() if name not in ("pretrained", "clip", "masked", "audio_conv_rnn")
+}  # these have tests/test_pretrained.py, tests/test_clip.py, tests/test_prism.py and tests/test_audio.py
 
 
 def count(name: str, input_shape: tuple[int, ...], num_classes: int = 10, **options) -> int:

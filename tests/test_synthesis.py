@@ -23,7 +23,7 @@ from fedray.ledger import Ledger, MeteredBackend
 from fedray.local_training import LocalTraining
 from fedray.synthesis.captions import class_level, instance_level
 from fedray.synthesis.central import CentralTraining
-from fedray.synthesis.diffusion import class_conditional, diffusion
+from fedray.synthesis.diffusion_models import class_conditional, diffusion
 from fedray.synthesis.generator import Generator, fingerprint, png, wav
 from fedray.synthesis.prompts import Prompt, hit_rate, listed, styled, template
 from fedray.synthesis.requests import batches, of_classes, of_prompts

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from fedray.models.audio import audio_conv_rnn
 from fedray.models.causal_lm import causal_lm
 from fedray.models.classifier import Classifier
 from fedray.models.clip import clip
@@ -30,6 +31,7 @@ __all__ = [
     "LANGUAGE_MODELS",
     "MODELS",
     "Classifier",
+    "audio_conv_rnn",
     "clip",
     "cnn",
     "convnet",
@@ -50,6 +52,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "convnet": convnet,
     "resnet18": resnet18,
     "resnet20": resnet20,
+    "audio_conv_rnn": audio_conv_rnn,
     "masked": masked,
     "pretrained": pretrained,
     "clip": clip,

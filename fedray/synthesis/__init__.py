@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from fedray.synthesis.captions import CAPTIONERS, CLIENT_PROMPTS
-from fedray.synthesis.diffusion import class_conditional, diffusion, sound_diffusion
+from fedray.synthesis.diffusion_models import class_conditional, diffusion, sound_diffusion
 from fedray.synthesis.generator import Generator
 from fedray.synthesis.prompts import PROMPTS
-from fedray.synthesis.speech import espeak, speech
+from fedray.synthesis.spoken import espeak, speech
 
 __all__ = ["CAPTIONERS", "CLIENT_PROMPTS", "GENERATORS", "PROMPTS", "Generator"]
 
