@@ -83,6 +83,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if it is not there")
     export.set_defaults(command=_export)
 
+    attack = commands.add_parser("attack", help="what a run gives away: members, copies, prompts")
+    attack.add_argument("kind", choices=["lira", "neighbours", "prompts"])
+    attack.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    attack.add_argument("--samples", type=Path, metavar="DIR", help="neighbours: what `fedray generate` wrote")
+    attack.add_argument("--shadows", type=int, default=16, help="lira: shadow models (default: 16)")
+    attack.add_argument("--examples", type=int, default=2000, help="lira: examples that are judged (default: 2000)")
+    attack.add_argument("--epochs", type=int, default=20, help="lira: epochs of a shadow model (default: 20)")
+    attack.add_argument("--offline", action="store_true", help="lira: compare with unseen examples only")
+    attack.set_defaults(command=_attack)
+
     listing = commands.add_parser("list", help="what can be named in a configuration")
     listing.add_argument("kind", nargs="?", help="algorithms, datasets, partitions, models, aggregators ...")
     listing.set_defaults(command=_list)
@@ -159,6 +169,34 @@ def _export(options: argparse.Namespace) -> None:
     from fedray.export import export
 
     print(f"saved: {export(options.run, options.folder)}")
+
+
+def _attack(options: argparse.Namespace) -> None:
+    from fedray import attack
+    from fedray.local_training import LocalTraining
+
+    if options.kind == "lira":
+        local = LocalTraining(local_lr=0.05, local_epochs=options.epochs, local_momentum=0.9)
+        kind = "offline" if options.offline else "online"
+        tell = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        found = attack.lira(options.run, options.shadows, options.examples, local, kind, tell=tell)
+        print(f"AUC {found.auc:.3f}  balanced accuracy {found.balanced_accuracy:.3f} (0.5 is chance)")
+        print("  ".join(f"TPR {tpr:.4f} at FPR {rate:g}" for rate, tpr in found.tpr_at.items()))
+        print(f"curve: {options.run / 'lira.json'}")
+    elif options.kind == "neighbours":
+        if options.samples is None:
+            raise ConfigError("neighbours needs --samples DIR, a folder that `fedray generate` wrote")
+        near = attack.neighbours(options.run, options.samples)
+        print(
+            f"{near.closer:.2%} of {len(near.distance)} samples are nearer to a private example than 99% of the test's"
+        )
+        for place in near.distance.argsort()[:10]:
+            print(f"sample {place}: private example {near.nearest[place]} at {near.distance[place]:.4g}")
+    else:
+        for one in attack.prompts(options.run):
+            print(
+                f"client {one['client']}: {one['prompts']} prompts, {one['bytes']} bytes: {', '.join(one['classes'])}"
+            )
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from problems import SIZES, Exam, assert_same_bits, make, pictures, scribbler, synthesis, train
+from tiny_models import clip, drawn, save_tokenizer
 
 from fedray.algorithms.fedavg import fedavg
 from fedray.backends.serial import SerialBackend, in_turn
@@ -21,11 +22,12 @@ from fedray.generate import generate
 from fedray.learner import Learner
 from fedray.ledger import Ledger, MeteredBackend
 from fedray.local_training import LocalTraining
-from fedray.synthesis.captions import class_level, instance_level
+from fedray.synthesis.captions import captioning, class_level, instance_level
 from fedray.synthesis.central import CentralTraining
 from fedray.synthesis.diffusion_models import class_conditional, diffusion
-from fedray.synthesis.generator import Generator, fingerprint, png, wav
-from fedray.synthesis.prompts import Prompt, hit_rate, listed, styled, template
+from fedray.synthesis.fingerprints import fingerprint
+from fedray.synthesis.generator import Generator, png, wav
+from fedray.synthesis.prompts import Prompt, expanded, hit_rate, listed, styled, template
 from fedray.synthesis.requests import batches, of_classes, of_prompts
 from fedray.synthesis.synthesize import Synthesis, examples, synthesize
 
@@ -98,6 +100,53 @@ def test_what_clients_say_is_about_their_examples():
     assert all(text.startswith(CLASSES[label]) and text.endswith(("dark", "grey")) for text, label in said)
     with pytest.raises(ConfigError, match=r"template is 'x'; it must have \{\}"):
         class_level(data, rows, "x")
+
+
+def test_sentences_of_a_language_model_are_remembered_and_none_stands_twice(tmp_path):
+    from transformers import CLIPTokenizer, GPT2Config, GPT2LMHeadModel
+
+    save_tokenizer(tmp_path / "lm")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=64)
+    drawn(GPT2LMHeadModel, config).save_pretrained(tmp_path / "lm")
+    options = {"count": 6, "max_tokens": 5, "instruction": "write {}", "cache": str(tmp_path / "cache")}
+    book = expanded(["cat", "dog"], str(tmp_path / "lm"), **options)
+    assert [len(set(prompts)) for prompts in book] == [6, 6]
+    assert book == expanded(["cat", "dog"], str(tmp_path / "lm"), **(options | {"cache": str(tmp_path / "other")}))
+    assert book != expanded(["cat", "dog"], str(tmp_path / "lm"), **options, seed=1)
+    (tmp_path / "lm" / "model.safetensors").unlink()  # who is asked again needs no model
+    fingerprint.cache_clear()
+    with pytest.raises(DataError, match="cannot be loaded as a language model"):
+        expanded(["cat", "dog"], str(tmp_path / "lm"), **options)
+
+
+def test_captions_of_a_model_are_one_for_each_picture(tmp_path):
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "a", "dark", "bag"]))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    both = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    text = {**both, "vocab_size": 8, "bos_token_id": 4, "sep_token_id": 3, "pad_token_id": 0, "encoder_hidden_size": 8}
+    config = BlipConfig(
+        text_config={**text, "max_position_embeddings": 32},
+        vision_config={**both, "image_size": 8, "patch_size": 4},
+        image_text_hidden_size=8,
+    )
+    drawn(BlipForConditionalGeneration, config).save_pretrained(tmp_path / "blip")
+    images = BlipImageProcessor(size={"height": 8, "width": 8})
+    BlipProcessor(images, tokenizer).save_pretrained(tmp_path / "blip")
+    captions = captioning(pictures().data, np.arange(5), str(tmp_path / "blip"), max_tokens=3, batch_size=2)
+    assert len(captions) == 5
+    assert captions == captioning(pictures().data, np.arange(5), str(tmp_path / "blip"), max_tokens=3, batch_size=5)
+    with pytest.raises(DataError, match="cannot be loaded as a captioning model"):
+        captioning(pictures().data, np.arange(5), str(tmp_path))
 
 
 # --- the cache
@@ -218,7 +267,6 @@ def test_sounds_are_cut_or_padded_and_resampled(tmp_path):
 def pipeline(tmp_path_factory) -> Path:
     """A Stable Diffusion of a few thousand parameters, in diffusers' own format."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from tiny_models import clip, drawn, save_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("pipeline")

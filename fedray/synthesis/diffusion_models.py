@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedray.errors import ConfigError, DataError
-from fedray.synthesis.generator import Generate, Generator, fingerprint, png, wav
+from fedray.synthesis.fingerprints import fingerprint
+from fedray.synthesis.generator import Generate, Generator, png, wav
 from fedray.synthesis.requests import Request
 from fedray.synthesis.store import Sample
 

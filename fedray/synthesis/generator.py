@@ -1,12 +1,9 @@
 """What a generator is: requests in, encoded samples out; one shape for pictures and sounds."""
 
-import hashlib
 import io
 import wave
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,19 +29,6 @@ class Generator:
     load: Callable[[str], Generate]
     batch: int
     media: Literal["image", "audio"] = "image"
-
-
-@lru_cache
-def fingerprint(path: str) -> str:
-    """A hash of a model: of the bytes of a folder's files, wherever the folder is."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).rglob("*")):
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
-            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as content:
-                for block in iter(lambda: content.read(1 << 20), b""):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def png(image: np.ndarray) -> bytes:

@@ -3,7 +3,9 @@
 A writer is a function of the class names (GPT-FL, Zhang et al., 2023, step 1): the server knows nothing else.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, Literal
 
 from fedray.errors import ConfigError, DataError
 from fedray.seeds import seed_for
+from fedray.synthesis.fingerprints import fingerprint
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def expanded(
     temperature: float = 1.0,
     negative: str = "",
     seed: int = 0,
+    cache: str = "~/.cache/fedray/prompts",
 ) -> list[list[Prompt]]:
     """Class names expanded to sentences by a language model (GPT-FL's T5 fine-tuned on CommonGen, or any chat model).
 
@@ -123,10 +127,25 @@ def expanded(
         temperature: Of the sampling.
         negative: What no picture should be.
         seed: Seed of the sampling.
+        cache: Folder of what was written, for this run and others.
     """
     if count < 1:
         raise ValueError(f"count is {count}; it must be >= 1")
-    write = _writer(path, max_tokens, temperature)
+    local = Path(path).expanduser().is_dir()
+    asked = [list(classes), fingerprint(path) if local else path, count, instruction, max_tokens, temperature, seed]
+    file = Path(cache).expanduser() / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:40]}.json"
+    if not file.is_file():
+        texts = _expand(classes, _writer(path, max_tokens, temperature), count, instruction, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(f".{os.getpid()}")
+        half.write_text(json.dumps(texts))
+        half.replace(file)
+    return [[Prompt(text, negative) for text in sentences] for sentences in json.loads(file.read_text())]
+
+
+def _expand(
+    classes: Sequence[str], write: Callable[[str, int, int], list[str]], count: int, instruction: str, seed: int
+) -> list[list[str]]:
     books = []
     for name in classes:
         sentences: dict[str, None] = {}
@@ -135,7 +154,7 @@ def expanded(
             sentences |= dict.fromkeys(text for text in more if text)
             if len(sentences) >= count:
                 break
-        books.append([Prompt(text, negative) for text in list(sentences)[:count]] or [Prompt(name, negative)])
+        books.append(list(sentences)[:count] or [name])
     return books
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedray.errors import ConfigError, DataError
-from fedray.synthesis.generator import Generate, Generator, fingerprint, wav
+from fedray.synthesis.fingerprints import fingerprint
+from fedray.synthesis.generator import Generate, Generator, wav
 from fedray.synthesis.requests import Request
 from fedray.synthesis.store import Sample
 

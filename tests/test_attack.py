@@ -1,0 +1,137 @@
+"""Attacks: what memorises is caught, what never saw the data is not."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from fedray import attack
+from fedray.cli import main
+from fedray.errors import ConfigError, DataError
+from fedray.local_training import LocalTraining
+from fedray.metrics.membership import confidence, judge, scores
+from fedray.runs import run
+
+LOCAL = LocalTraining(local_lr=0.1, local_epochs=30, local_momentum=0.9)
+
+
+def values(**changes):
+    return {
+        "rounds": 4,
+        "cohort": 2,
+        "evaluate_every": 0,
+        "task": {
+            "name": "classification",
+            "data": {"name": "subset", "of": "digits", "train": 200, "test": 200},
+            "partition": {"name": "iid", "num_clients": 2},
+            "model": {"name": "mlp", "hidden": [64]},
+        },
+        "algorithm": {"name": "fedavg", "local_lr": 0.1, "local_epochs": 30, "local_momentum": 0.9},
+        "backend": "serial",
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    return run(values(), out=tmp_path_factory.mktemp("attack") / "memory").folder
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    little = {"name": "fedavg", "local_lr": 1e-9, "local_steps": 1}
+    return run(values(rounds=1, algorithm=little), out=tmp_path_factory.mktemp("attack") / "stranger").folder
+
+
+def test_the_confidence_is_the_log_odds_of_the_class():
+    logits = np.random.default_rng(0).normal(size=(50, 4)) * 5
+    y = np.arange(50) % 4
+    p = np.exp(logits)[np.arange(50), y] / np.exp(logits).sum(1)
+    np.testing.assert_allclose(confidence(logits, y), np.log(p / (1 - p)), rtol=1e-8)
+    assert np.isfinite(confidence(np.array([[1000.0, 0.0]]), np.array([0])))
+
+
+def test_the_score_is_the_likelihood_ratio_of_two_normals():
+    draw = np.random.default_rng(1)
+    n, models = 300, 40
+    seen = np.array([draw.permutation(n) < n // 2 for _ in range(models)])
+    shadows = draw.normal(size=(models, n)) + 2 * seen
+    member = np.arange(n) < n // 2
+    target = draw.normal(size=n) + 2 * member
+    online, offline = (judge(scores(target, shadows, seen, kind), member) for kind in ("online", "offline"))
+    best = judge(norm.logpdf(target, 2) - norm.logpdf(target), member)
+    assert online.auc == pytest.approx(best.auc, abs=0.02)
+    assert offline.auc == pytest.approx(norm.cdf(2 / np.sqrt(2)), abs=0.04)
+    assert online.tpr_at[0.1] > 0.5
+    blind = judge(draw.normal(size=n), member)
+    assert blind.auc == pytest.approx(0.5, abs=0.08)
+    with pytest.raises(ValueError, match="2 shadow models are too few"):
+        scores(target, shadows[:2], seen[:2])
+
+
+def test_a_model_that_memorises_is_caught_and_one_that_saw_nothing_is_not(memory, stranger):
+    caught = attack.lira(memory, shadows=12, examples=300, local=LOCAL)
+    assert caught.auc > 0.58
+    assert json.loads((memory / "lira.json").read_text())["auc"] == caught.auc
+    assert attack.lira(memory, shadows=12, examples=300, local=LOCAL) == caught
+    missed = attack.lira(stranger, shadows=12, examples=300, local=LOCAL)
+    assert abs(missed.auc - 0.5) < 0.08
+
+
+def test_the_command_prints_what_was_found(memory, capsys):
+    assert (
+        main(["attack", "lira", str(memory), "--shadows", "6", "--examples", "100", "--epochs", "2", "--offline"]) == 0
+    )
+    assert "AUC 0." in capsys.readouterr().out
+    assert main(["attack", "neighbours", str(memory)]) == 2
+    assert "neighbours needs --samples DIR" in capsys.readouterr().err
+    assert main(["attack", "prompts", str(memory)]) == 2
+    assert "is no run of algorithm.name=fgl" in capsys.readouterr().err
+
+
+def test_mistakes_are_told(memory, tmp_path):
+    with pytest.raises(ConfigError, match="shadows is 3; it must be >= 4"):
+        attack.lira(memory, shadows=3)
+    with pytest.raises(ConfigError, match="kind is 'both'; it must be online or offline"):
+        attack.lira(memory, kind="both")
+    with pytest.raises(ConfigError, match="examples is 10"):
+        attack.lira(memory, examples=10)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"has no model\.safetensors"):
+        attack.lira(tmp_path / "empty")
+
+
+def test_copies_are_nearer_than_strangers(memory, tmp_path):
+    from fedray.data.datasets import digits, subset
+    from fedray.synthesis.generator import png
+    from fedray.synthesis.requests import Request
+    from fedray.synthesis.store import write_table
+
+    data = subset(digits(), train=200, test=200)
+    for name, pictures in (("copies", data.train["x"][:60]), ("others", digits().test["x"][-60:])):
+        (tmp_path / name).mkdir()
+        requests = [Request("a digit", "", i % 10, i) for i in range(60)]
+        samples = [png(picture.transpose(1, 2, 0) / 255) for picture in pictures]
+        write_table(tmp_path / name / "train-0.parquet", "image", requests, samples, data.classes)
+    copies, others = (attack.neighbours(memory, tmp_path / name) for name in ("copies", "others"))
+    assert copies.closer == 1.0
+    assert copies.distance.max() < 1e-5
+    assert others.closer < 0.2
+
+
+def test_prompts_give_away_classes(tmp_path):
+    algorithm = {
+        "name": "fgl",
+        "base": {"name": "fedavg"},
+        "generator": {"name": "diffusion", "path": "shipped:fashion_mnist"},
+    }
+    folder = tmp_path / "fgl"
+    folder.mkdir()
+    from omegaconf import OmegaConf
+
+    task = {**values()["task"], "partition": {"name": "shards", "num_clients": 5, "shards_per_client": 2}}
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values(task=task, algorithm=algorithm))))
+    found = attack.prompts(folder)
+    assert [one["client"] for one in found] == list(range(5))
+    assert all(1 <= len(one["classes"]) <= 4 for one in found)
+    assert all(one["bytes"] == one["prompts"] * len("A photo of 1") for one in found)
