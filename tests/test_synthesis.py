@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from problems import SIZES, Exam, assert_same_bits, make, pictures, scribbler, synthesis, train
-from tiny_models import clip, drawn, save_tokenizer
+from tiny_models import drawn, language_model, stable_diffusion
 
 from fedray.algorithms.fedavg import fedavg
 from fedray.backends.serial import SerialBackend, in_turn
@@ -103,13 +103,7 @@ def test_what_clients_say_is_about_their_examples():
 
 
 def test_sentences_of_a_language_model_are_remembered_and_none_stands_twice(tmp_path):
-    from transformers import CLIPTokenizer, GPT2Config, GPT2LMHeadModel
-
-    save_tokenizer(tmp_path / "lm")
-    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=64)
-    drawn(GPT2LMHeadModel, config).save_pretrained(tmp_path / "lm")
+    language_model(tmp_path / "lm")
     options = {"count": 6, "max_tokens": 5, "instruction": "write {}", "cache": str(tmp_path / "cache")}
     book = expanded(["cat", "dog"], str(tmp_path / "lm"), **options)
     assert [len(set(prompts)) for prompts in book] == [6, 6]
@@ -265,37 +259,7 @@ def test_sounds_are_cut_or_padded_and_resampled(tmp_path):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A Stable Diffusion of a few thousand parameters, in diffusers' own format."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("pipeline")
-    save_tokenizer(folder / "words")
-    text = CLIPTextConfig(**clip().config.text_config.to_dict())
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        unet = UNet2DConditionModel(
-            sample_size=4,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=8,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4)
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=drawn(CLIPTextModel, text),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "words"),
-        unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "sd")
-    return folder / "sd"
+    return stable_diffusion(tmp_path_factory.mktemp("pipeline"))
 
 
 def test_a_pipeline_makes_the_same_sample_from_a_seed_and_hears_prompt_guidance_and_noise(pipeline):

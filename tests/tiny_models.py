@@ -81,3 +81,48 @@ def configuration(folder: Path, **model: Any) -> dict[str, Any]:
         "backend": {"name": "serial"},
         "checkpoint_every": 0,
     }
+
+
+def language_model(folder: Path) -> Path:
+    """A causal language model that knows letters."""
+    from transformers import CLIPTokenizer, GPT2Config, GPT2LMHeadModel
+
+    save_tokenizer(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=64)
+    drawn(GPT2LMHeadModel, config).save_pretrained(folder)
+    return folder
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """A Stable Diffusion of a few thousand parameters, in diffusers' own format."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    save_tokenizer(folder / "words")
+    text = CLIPTextConfig(**clip().config.text_config.to_dict())
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        unet = UNet2DConditionModel(
+            sample_size=4,
+            layers_per_block=1,
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+        vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4)
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=drawn(CLIPTextModel, text),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "words"),
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "sd")
+    return folder / "sd"

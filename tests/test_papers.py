@@ -1,0 +1,109 @@
+"""The papers' own configurations, on tiny models of the same classes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_models import language_model, stable_diffusion
+
+from fedray import config
+from fedray.runs import run, shipped
+
+SMALL = ["task.data={name: subset, of: digits, train: 200, test: 40}", "backend=serial", "evaluate_every=0"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"pipeline": stable_diffusion(folder), "language": language_model(folder / "lm")}
+
+
+def final(name: str, overrides: list[str], tmp_path: Path) -> dict[str, float]:
+    return run(shipped()[name], [*SMALL, f"algorithm.cache={tmp_path / 'cache'}", *overrides], tmp_path / "run").final
+
+
+def test_gpt_fls_configuration_runs_with_the_authors_steps_in_the_authors_order(models, tmp_path):
+    asked = [
+        f"algorithm.prompts.path={models['language']}",
+        "algorithm.prompts.count=3",
+        "algorithm.prompts.max_tokens=3",
+    ]
+    asked += [f"algorithm.prompts.cache={tmp_path / 'prompts'}", f"algorithm.generator.path={models['pipeline']}"]
+    asked += ["algorithm.generator.size=8", "algorithm.generator.steps=2", "algorithm.generator.precision=float32"]
+    asked += ["rounds=2", "cohort=2", "task.partition={name: iid, num_clients: 4}", "algorithm.volume=0.1"]
+    asked += ["algorithm.central_epochs=1", "task.model={name: mlp, hidden: [8]}", "task.augment=none"]
+    found = final("gpt_fl/paper", asked, tmp_path)
+    assert found["synthetic_samples"] == 20
+    assert found["gradient_diversity"] > 0
+    assert found["round"] == 2
+
+
+def test_fgls_configuration_runs_one_shot_and_goes_on(models, tmp_path):
+    asked = [
+        f"algorithm.generator.path={models['pipeline']}",
+        "algorithm.generator.size=8",
+        "algorithm.generator.steps=2",
+    ]
+    asked += [
+        "algorithm.generator.precision=float32",
+        "algorithm.per_prompt=2",
+        "algorithm.central_epochs=1",
+        "rounds=2",
+    ]
+    asked += ["task.model={name: mlp, hidden: [8]}", "task.augment=none", "algorithm.server_epochs=1"]
+    found = final("fgl/paper", asked, tmp_path)
+    assert found["synthetic_samples"] == 20
+    assert found["round"] == 2
+
+
+def test_fgls_domains_are_what_clients_say_of_them(models, tmp_path):
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 256, (80, 3, 8, 8)).astype(np.uint8)
+    np.savez(
+        tmp_path / "d.npz",
+        x=x,
+        y=np.array(["cat", "dog"])[np.arange(80) % 2],
+        domain=np.array(["sketch", "real"])[np.arange(80) // 40],
+    )
+    asked = [f"task.data={{name: npz, path: {tmp_path / 'd.npz'}}}", "task.partition={name: by_column, column: domain}"]
+    asked += ["algorithm.prompts={name: class_level, template: 'a {by} of a {}', by: domain}", "cohort=2", "rounds=1"]
+    asked += [
+        f"algorithm.generator.path={models['pipeline']}",
+        "algorithm.generator.size=8",
+        "algorithm.generator.steps=2",
+    ]
+    asked += ["algorithm.generator.precision=float32", "algorithm.per_prompt=3", "algorithm.central_epochs=1"]
+    asked += ["task.model={name: mlp, hidden: [8]}", "task.augment=none"]
+    found = final("fgl/paper", asked, tmp_path)
+    assert found["prompts"] == 4
+    assert found["synthetic_samples"] == 12
+    assert found["bytes_up"] == sum(
+        2 + len(f"a {by} of a {name}") for by in ("sketch", "real") for name in ("cat", "dog")
+    )
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
+def test_the_experiment_of_spoken_digits_runs_on_sounds(tmp_path):
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    sounds = draw.normal(size=(60, 4000)).astype(np.float32)
+    names = np.array([str(k) for k in range(10)])[np.arange(60) % 10]
+    np.savez(tmp_path / "s.npz", x=sounds, y=names, speaker=np.array(["a", "b", "c"])[np.arange(60) // 20])
+    asked = [
+        f"task.data={{name: npz, path: {tmp_path / 's.npz'}}}",
+        "rounds=2",
+        "cohort=2",
+        "algorithm.central_epochs=1",
+    ]
+    found = final("gpt_fl/audio", asked, tmp_path)
+    assert found["synthetic_samples"] == 10 * round(0.5 * 48 / 10)
+
+
+@pytest.mark.parametrize("name", ["gpt_fl/small", "fgl/small", "prism/small"])
+def test_the_small_experiments_give_clients_no_picture_that_a_generator_saw(name):
+    text = str(config.read(shipped()[name]))
+    assert "'part': 'private'" in text
+    assert "'public': 20000" in text
