@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedray.algorithm import Client, ClientResult
 from fedray.backends.serial import SerialBackend
 from fedray.bits import distance, draw, flat, pack, shaped, split, unpack, unpacking
 from fedray.data.dataset import make_dataset
+from fedray.data.datasets import digits
 from fedray.data.partitions import iid
 from fedray.errors import DataError
 from fedray.experiment import plan
@@ -251,7 +253,8 @@ def pictures_task(**options) -> Generation:
     columns = {"x": draw_.integers(0, 256, (40, 1, 8, 8)).astype(np.uint8), "y": np.arange(40) % 2}
     data = make_dataset("noise", columns, columns, ["a", "b"])
     settings = {"partition": lambda d, seed: iid(d, seed, num_clients=4), "size": 8}
-    settings["features"] = lambda shape: small_cnn(shape, data, width=2, epochs=1)
+    folder = tempfile.mkdtemp()
+    settings["features"] = lambda shape: small_cnn(shape, data, width=2, epochs=1, cache=folder)
     settings["model"] = lambda shape: masked_resnet_generator(shape, width=4, latent=5)
     return generation(0, data=data, **(settings | options))
 
@@ -322,6 +325,17 @@ def test_the_distance_that_is_measured_is_the_frechet_distance_of_features():
     assert metrics["frechet_distance"] == pytest.approx(frechet_distance(*seen), rel=1e-4)
 
 
+def test_a_substitute_is_trained_once_and_learns(tmp_path, monkeypatch):
+    data = digits()
+    made = small_cnn((1, 8, 8), data, epochs=4, cache=str(tmp_path))
+    network = made.on(torch.device("cpu"))
+    x, y = (torch.from_numpy(np.array(data.test[name])) for name in ("x", "y"))
+    assert float((network.logits(in_range(x, 8)).argmax(1) == y).float().mean()) > 0.6
+    monkeypatch.setattr("fedray.models.feature_maps._trained", None)
+    again = small_cnn((1, 8, 8), data, epochs=4, cache=str(tmp_path)).on(torch.device("cpu"))
+    assert_same_bits(dict(again.state_dict()), dict(network.state_dict()))
+
+
 def test_vgg_has_the_papers_number_of_features():
     with torch.device("meta"):
         found, pooled = Vgg19()(torch.zeros(2, 1, 32, 32))
@@ -338,7 +352,7 @@ def test_a_configuration_of_prism_runs_and_says_what_it_was_compared_by(tmp_path
             "data": {"name": "subset", "of": "digits", "train": 60, "test": 40},
             "partition": {"name": "shards", "num_clients": 3},
             "model": {"name": "masked_resnet_generator", "width": 4, "latent": 4, "scores": "uniform"},
-            "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1},
+            "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1, "cache": str(tmp_path / "c")},
             "size": 8,
         },
         "algorithm": {"name": "prism", "local_optimizer": "adam", "local_steps": 2},

@@ -1,9 +1,13 @@
 """Fixed networks whose activations a generator's pictures have to match, and are compared by."""
 
+import hashlib
+import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +18,7 @@ from torch import nn
 from fedray.data.dataset import Dataset
 from fedray.errors import DataError
 from fedray.models import hugging_face
-
-Maps = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from fedray.models.pictures import in_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ def _built(maps: FeatureMaps, device: torch.device) -> nn.Module:
 class _Cnn(nn.Module):
     """Three convolutions with pooling, and a linear layer to classes."""
 
-    def __init__(self, channels: int, size: int, classes: int, width: int) -> None:
+    def __init__(self, channels: int, classes: int, width: int) -> None:
         super().__init__()
         widths = [channels, width, 2 * width, 4 * width]
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
@@ -67,7 +70,15 @@ class _Cnn(nn.Module):
         return torch.cat([each.flatten(1) for each in found], 1), found[-1].mean((2, 3))
 
 
-def small_cnn(shape: tuple[int, ...], /, data: Dataset, width: int = 16, epochs: int = 3, seed: int = 0) -> FeatureMaps:
+def small_cnn(
+    shape: tuple[int, ...],
+    /,
+    data: Dataset,
+    width: int = 16,
+    epochs: int = 3,
+    seed: int = 0,
+    cache: str = "~/.cache/fedray/features",
+) -> FeatureMaps:
     """A small classifier, trained here and now on public pictures: a substitute for VGG19, and labelled so.
 
     Args:
@@ -76,35 +87,50 @@ def small_cnn(shape: tuple[int, ...], /, data: Dataset, width: int = 16, epochs:
         width: Channels of the first of three layers.
         epochs: Passes over the data.
         seed: Seed of the weights and of the order.
+        cache: Folder of what was trained, for this run and others.
     """
-    from fedray.models.pictures import in_range
+    from safetensors.torch import load, save
 
+    x, y = (np.ascontiguousarray(data.train[name]) for name in ("x", "y"))
+    asked = f"{shape} {x.shape} {zlib.crc32(x.data)} {zlib.crc32(y.data)} {width} {epochs} {seed} {torch.__version__}"
+    file = Path(cache).expanduser() / f"{hashlib.sha256(asked.encode()).hexdigest()[:40]}.safetensors"
+    classes = data.num_classes
+    if not file.is_file():
+        network = _trained(
+            _Cnn(shape[0], classes, width), shape[-1], torch.from_numpy(x), torch.from_numpy(y), epochs, seed
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(f".{os.getpid()}")
+        half.write_bytes(save(network.state_dict()))
+        half.replace(file)
+    content = np.frombuffer(file.read_bytes(), np.uint8)  # an array, which workers share
+
+    def build() -> nn.Module:
+        made = _Cnn(shape[0], classes, width)
+        made.load_state_dict(load(content.tobytes()))
+        return made.eval()
+
+    return FeatureMaps("substitute CNN", build)
+
+
+def _trained(network: _Cnn, size: int, x: torch.Tensor, y: torch.Tensor, epochs: int, seed: int) -> _Cnn:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # whose number would be seen in the bits
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = _Cnn(shape[0], shape[-1], data.num_classes, width)
+            for layer in (*network.layers, network.head):
+                layer.reset_parameters()
             optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-            y = torch.from_numpy(np.array(data.train["y"]))
             for _ in range(epochs):
                 for rows in torch.randperm(len(y)).split(128):
-                    x = in_range(torch.from_numpy(data.train["x"][rows.numpy()]), shape[-1])
-                    loss = F.cross_entropy(network.logits(x), y[rows])
+                    loss = F.cross_entropy(network.logits(in_range(x[rows], size)), y[rows])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
     finally:
         torch.set_num_threads(threads)
-    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-
-    def build() -> nn.Module:
-        made = _Cnn(shape[0], shape[-1], data_classes, width)
-        made.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in weights.items()})
-        return made.eval()
-
-    data_classes = data.num_classes
-    return FeatureMaps("substitute CNN", build)
+    return network
 
 
 def vgg19_bn(shape: tuple[int, ...], /, path: str) -> FeatureMaps:
