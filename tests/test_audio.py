@@ -10,6 +10,7 @@ from tiny_models import drawn
 from fedray.data.media import read_sound
 from fedray.errors import ConfigError, DataError
 from fedray.models.audio import LogMel, audio_conv_rnn
+from fedray.synthesis.diffusion_models import sound_diffusion
 from fedray.synthesis.prompts import template
 from fedray.synthesis.requests import of_classes
 from fedray.synthesis.spoken import espeak, speech
@@ -99,3 +100,47 @@ def test_speech_by_a_transformer_follows_from_words_voice_and_seed(tmp_path):
     assert len(set(samples)) == 3
     with pytest.raises(DataError, match=r"nowhere\.npy cannot be read as a numpy array of speaker embeddings"):
         speech("a", "b", str(tmp_path / "nowhere.npy"))
+
+
+def test_a_pipeline_of_sounds_follows_from_prompt_and_seed(tmp_path):
+    from diffusers import AudioLDMPipeline, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import (
+        ClapTextConfig,
+        ClapTextModelWithProjection,
+        RobertaTokenizer,
+        SpeechT5HifiGan,
+        SpeechT5HifiGanConfig,
+    )
+
+    letters = {
+        token: place
+        for place, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "Ġ"])
+    }
+    tokenizer = RobertaTokenizer(vocab=letters, merges=[], model_max_length=24)
+    text = ClapTextConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, projection_dim=8,
+        vocab_size=len(letters), max_position_embeddings=32,
+    )  # fmt: skip
+    voice = SpeechT5HifiGanConfig(
+        model_in_dim=8, sampling_rate=16000, upsample_initial_channel=8, upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], normalize_before=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8, layers_per_block=1, block_out_channels=(8, 8), cross_attention_dim=(8, 8), norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), class_embed_type="simple_projection",
+            projection_class_embeddings_input_dim=8, class_embeddings_concat=True,
+        )  # fmt: skip
+        vae = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, sample_size=8)
+    AudioLDMPipeline(
+        vae, drawn(ClapTextModelWithProjection, text), tokenizer, unet,
+        DDIMScheduler(steps_offset=1, clip_sample=False), drawn(SpeechT5HifiGan, voice),
+    ).save_pretrained(tmp_path)  # fmt: skip
+    generator = sound_diffusion(str(tmp_path), seconds=0.01, steps=2)
+    requests = of_classes(template(["one", "two"], ["a sound of {}"]), [2, 1], 0)
+    samples = generator.load("cpu")(requests)
+    assert samples == generator.load("cpu")(requests)
+    assert len(set(samples)) == 3
+    assert len(read_sound(samples[0])) == 160
