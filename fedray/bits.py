@@ -10,6 +10,7 @@ import torch
 
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientResult
+from fedray.data.dataset import import_extra
 from fedray.trees import Params
 
 
@@ -53,6 +54,34 @@ def unpack(packed: torch.Tensor, size: int) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=size))
 
 
+def code(bits: torch.Tensor, theta: torch.Tensor) -> bytes:
+    """Bits in as few bytes as a range coder needs which knows that they are true with probabilities ``theta``."""
+    stream, model, p = _coder(theta)
+    encoder = stream.queue.RangeEncoder()
+    encoder.encode(bits.numpy().astype(np.int32), model, p)
+    return encoder.get_compressed().tobytes()
+
+
+def decode(coded: bytes, theta: torch.Tensor) -> torch.Tensor:
+    """The bits again, from the same ``theta``."""
+    stream, model, p = _coder(theta)
+    decoder = stream.queue.RangeDecoder(np.frombuffer(coded, np.uint32))
+    return torch.from_numpy(decoder.decode(model, p).astype(bool))
+
+
+def coded_bits(bits: torch.Tensor, theta: torch.Tensor) -> float:
+    """Bits a bit of a mask that is coded, decoded again, and compared."""
+    coded = code(bits, theta)
+    if not torch.equal(decode(coded, theta), bits):
+        raise ValueError("a mask that was coded is not what is decoded")
+    return 8 * len(coded) / max(1, len(bits))
+
+
+def _coder(theta: torch.Tensor) -> tuple[Any, Any, np.ndarray]:
+    stream = import_extra("constriction", "masks", "coding masks").stream
+    return stream, stream.model.Bernoulli(), theta.double().clamp(0.01, 0.99).numpy()
+
+
 def unpacking(inner: Aggregator, size: int) -> Aggregator:
     """An aggregation of updates ``{"masks": [packed, ...], "scores": ...}`` as ``{"ones": ..., "scores": ...}``.
 
@@ -79,18 +108,19 @@ def distance(a: torch.Tensor, b: torch.Tensor, kind: Literal["hamming", "cosine"
     return float((a != b).float().mean()) if len(a) else 0.0
 
 
+def described(bits: torch.Tensor) -> dict[str, float]:
+    """The share of ones in a mask, and the bits that a bit of it is worth.
+
+    >>> described(torch.tensor([True, False, True, False]))
+    {'mask_density': 0.5, 'mask_entropy': 1.0}
+    """
+    p = density(bits)
+    return {"mask_density": p, "mask_entropy": -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)}
+
+
 def density(bits: torch.Tensor) -> float:
     """The share of ones."""
     return float(bits.float().mean()) if len(bits) else 0.0
-
-
-def entropy(p: float) -> float:
-    """Bits that a bit is worth which is true with probability ``p``.
-
-    >>> entropy(0.5), entropy(1.0)
-    (1.0, 0.0)
-    """
-    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
 
 
 def check(**options: tuple[float, ...]) -> None:

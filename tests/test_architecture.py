@@ -97,6 +97,7 @@ ONLY_FROM = {
         "fedray.errors",
         "fedray.learner",
         "fedray.local_training",
+        "fedray.mask_privacy",
         "fedray.peft",
         "fedray.privacy",
         "fedray.seeds",

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from fedray.aggregators import total
 from fedray.algorithm import Client, ClientResult
 from fedray.backends.serial import SerialBackend
-from fedray.bits import distance, draw, flat, pack, shaped, split, unpack, unpacking
+from fedray.bits import code, coded_bits, decode, distance, draw, flat, pack, shaped, split, unpack, unpacking
 from fedray.data.dataset import make_dataset
 from fedray.data.datasets import digits
 from fedray.data.partitions import iid
@@ -25,9 +25,10 @@ from fedray.export import export, load_masked
 from fedray.learner import Learner
 from fedray.ledger import Ledger, MeteredBackend
 from fedray.local_training import LocalTraining
+from fedray.mask_privacy import account, deviation, gaussian_epsilon, noisy
 from fedray.metrics.quality import frechet_distance
 from fedray.models.feature_maps import Vgg19, small_cnn
-from fedray.models.image_generators import masked_resnet_generator, resnet_generator
+from fedray.models.image_generators import masked_resnet_generator, released_bytes, resnet_generator
 from fedray.models.masked import Masking, mask
 from fedray.models.pictures import in_range
 from fedray.runs import run
@@ -243,6 +244,55 @@ def test_options_out_of_range_say_so():
     ):
         with pytest.raises(ValueError, match=message):
             make("prism", local=LOCAL, **{option: value})
+
+
+# --- the wire, and privacy
+
+
+def test_a_coded_mask_takes_its_entropy_and_comes_back():
+    theta = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    bits = draw(theta, 1)
+    p = theta.clamp(0.01, 0.99).double()
+    ideal = float(-(torch.where(bits, p, 1 - p)).log2().sum())
+    assert torch.equal(decode(code(bits, theta), theta), bits)
+    assert ideal <= 8 * len(code(bits, theta)) < 1.01 * ideal + 64
+    assert coded_bits(bits, torch.full_like(theta, 0.5)) == pytest.approx(1, abs=0.01)
+    history = train(masked(), make("prism", local=LOCAL, coded=True), SerialBackend(masked()), 2)
+    assert 0 < history[-1].metrics["coded_bits"] < 3
+
+
+def test_the_papers_accounting_of_bytes_is_reproduced():
+    with torch.device("meta"):
+        model = resnet_generator((1, 32, 32))
+    assert released_bytes(model) == 6_038_080  # 5.758 MiB, its 5.75
+    assert released_bytes(model, alpha=0.8) == 15_304_960  # 14.60 MiB, its 15
+
+
+def test_the_released_noise_has_no_effect_and_the_intended_one_has():
+    s = {"w": torch.linspace(-3, 3, 50)}
+    release = [noisy(s, "release", 0.1, 9.8, seed)["w"] for seed in (0, 1)]
+    assert torch.equal(release[0], release[1])
+    assert torch.equal(release[0], s["w"].clamp(0.1, 0.9))
+    off = noisy(s, "off", 0.1, 9.8, 0)["w"]
+    torch.testing.assert_close(off, s["w"].sigmoid().clamp(0.1, 0.9))
+    intent = [noisy(s, "code_intent", 0.1, 9.8, seed)["w"] for seed in (0, 1)]
+    assert not torch.equal(intent[0], intent[1])
+    assert all(float(t.min()) >= 0.1 - 1e-6 and float(t.max()) <= 0.9 + 1e-6 for t in intent)
+    assert deviation(1_048_576, 0.1, 9.8) == pytest.approx(35.6, abs=0.05)  # of the first layer, in the specification
+
+
+def test_the_account_says_what_the_noise_supports():
+    s = {"a": torch.zeros(1000), "b": torch.zeros(500)}
+    assert account(s, "off", 0.0, 9.8, 1) == {}
+    assert account(s, "release", 0.1, 9.8, 2) == {"epsilon": pytest.approx(2 * 1500 * math.log(9))}
+    one, many = (account(s, "code_intent", 0.1, 9.8, rounds)["epsilon"] for rounds in (1, 100))
+    assert 0 < one < many
+    assert many > 9.8
+    # Balle and Wang, 2018: a mechanism of mu = 1 has epsilon 4.38 at this delta
+    assert gaussian_epsilon(1.0) == pytest.approx(4.377, abs=0.01)
+    history = train(masked(), make("prism", local=LOCAL, clip=0.1), SerialBackend(masked()), 2)
+    size = len(flat(Learner(masked(), "cpu").params()))
+    assert [r.metrics["epsilon"] for r in history] == pytest.approx([n * size * math.log(9) for n in (1, 2)])
 
 
 # --- matching of features

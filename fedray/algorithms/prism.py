@@ -13,9 +13,10 @@ import torch
 
 from fedray.aggregators import total
 from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
-from fedray.bits import check, density, distance, draw, entropy, flat, pack, shaped, split, unpacking
+from fedray.bits import check, coded_bits, described, distance, draw, flat, pack, shaped, split, unpacking
 from fedray.learner import Learner
 from fedray.local_training import LocalTraining
+from fedray.mask_privacy import account, noisy
 from fedray.seeds import seed_for
 from fedray.trees import Params, scale
 
@@ -41,7 +42,10 @@ def prism(
     reset_every: int = 1,
     masks: int = 1,
     alpha: float = 0.0,
+    noise: Literal["off", "release", "code_intent"] = "off",
     clip: float = 0.0,
+    claimed_epsilon: float = 9.8,
+    coded: bool = False,
 ) -> FederatedAlgorithm:
     """Stochastic binary masks with a dynamic moving average (PRISM, Seo et al., 2025; mada=off is PRISM† and FedPM).
 
@@ -55,7 +59,11 @@ def prism(
         reset_every: Rounds after which FedPM's Beta posterior starts anew; 1 for the mean of the round's masks.
         masks: Masks that a client sends.
         alpha: Share of the weights, in the last layers, whose scores are sent and averaged instead (PRISM-α).
-        clip: Probabilities are kept within this distance of 0 and 1 before masks are drawn.
+        noise: What happens to probabilities before masks are drawn: nothing; what the released code does, which clamps
+            the raw scores and throws its noise away; or what it seems to intend, Gaussian noise.
+        clip: Probabilities are then kept this far from 0 and 1.
+        claimed_epsilon: ε that the noise is made for; the metric epsilon is the one that it supports, at δ = 1e-5.
+        coded: Measure the bits a weight of a mask that is coded by what the server knows, and decode it again.
     """
     if local.local_optimizer == "sgd":
         raise ValueError("local_optimizer is sgd; scores are learnt by adam or adamw, whose moments the clients keep")
@@ -68,10 +76,12 @@ def prism(
         loss = objective(learner, client, kept.get("objective")) if objective else None
         y = learner.train(scores, client, local, loss=loss, moments=moments)
         masked, scored = split(y.params, 1 - alpha)
-        theta = flat(masked).sigmoid().clamp(clip, 1 - clip)
+        theta = flat(noisy(masked, noise, clip, claimed_epsilon, seed_for(client.seed, "noise")))
         bits = [draw(theta, seed_for(client.seed, "mask", i)) for i in range(masks)]
-        before = draw(flat(split(scores, 1 - alpha)[0]).sigmoid(), seed_for(client.seed, "global"))
+        known = flat(split(scores, 1 - alpha)[0]).sigmoid()
+        before = draw(known, seed_for(client.seed, "global"))
         metrics = {"train_loss": y.loss, "local_divergence": distance(before, bits[0])}
+        metrics |= {"coded_bits": coded_bits(bits[0], known)} if coded else {}
         state = {"moments": moments, **({"objective": loss.kept} if loss else {})}
         return ClientResult({"masks": [pack(each) for each in bits], "scores": scored}, 1, metrics, state)
 
@@ -82,8 +92,7 @@ def prism(
         old, rule = flat(split(state.params, 1 - alpha)[0]), unpacking(total(), len(state.ones))
         (sent, present), metrics = backend.map_reduce(client_update, state.params, cohort, rule, keeps_state=True)
         goes_on = (cohort[0].round - 1) % reset_every != 0
-        ones = sent["ones"] + goes_on * state.ones
-        count = present * masks + goes_on * state.masks
+        ones, count = sent["ones"] + goes_on * state.ones, present * masks + goes_on * state.masks
         theta = FLOOR + (1 - 2 * FLOOR) * ones / count
         m_old, m_new = (
             draw(old.sigmoid(), seed_for(cohort[0].seed, "old")),
@@ -94,10 +103,8 @@ def prism(
         new = d * theta.logit() + (1 - d) * old
         if space == "probability":
             new = (d * theta + (1 - d) * old.sigmoid()).logit()
-        about = {"mada_weight": d, "mask_density": density(m_new), "mask_entropy": entropy(density(m_new))}
-        return ServerState(shaped(new, state.params) | scale(sent["scores"], 1 / present), ones, count), {
-            **metrics,
-            **about,
-        }
+        spent = account(split(state.params, 1 - alpha)[0], noise, clip, claimed_epsilon, cohort[0].round * masks)
+        new_scores = shaped(new, state.params) | scale(sent["scores"], 1 / present)
+        return ServerState(new_scores, ones, count), {**metrics, "mada_weight": d, **described(m_new), **spent}
 
     return FederatedAlgorithm(init, apply)

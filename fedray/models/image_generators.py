@@ -56,6 +56,20 @@ class _Block(nn.Module):
         return self.main(x) + self.skip(x)
 
 
+def released_bytes(model: ResNetG, alpha: float = 0.0) -> int:
+    """What the paper's tables count for an upload: a byte for each entry of a mask, four for each score.
+
+    The released code registers the convolutions of a block twice, and counts them so; of its 20 tensors the last
+    ``alpha`` are scores.
+    """
+    sizes = [model.first.weight.numel()]
+    for block in model.blocks.children():
+        sizes += 2 * [p.numel() for p in block.parameters() if p.dim() == 4]
+    sizes += [p.numel() for p in model.last.parameters() if p.dim() == 4]
+    scores = int(alpha * len(sizes))
+    return sum(sizes[: len(sizes) - scores]) + 4 * sum(sizes[len(sizes) - scores :])
+
+
 def _norm(channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
