@@ -2,8 +2,8 @@
 
 Three readings (Seo et al., 2025, and its released code). *release*: the code adds noise and then clamps the raw scores
 instead, so that neither noise nor sigmoid has any effect. *code_intent*: Gaussian noise on θ, of the deviation that the
-code computes. *off*: a mask of θ in [c, 1 − c] is still a randomised response. The accounts are of all masks of a client,
-whole, without amplification.
+code computes. *off*: a mask of θ in [c, 1 − c] is still a randomised response. The accounts are of all that a client
+sends, without amplification.
 """
 
 import math
