@@ -1,5 +1,7 @@
 """PRISM and FedPM: mask layers, bits on their way, the server's moving average, and matching of features."""
 
+import base64
+import io
 import json
 import math
 import tempfile
@@ -8,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from problems import SIZES, Exam, assert_same_bits, make, masked, train
 from torch import nn
 from torch.nn.utils import parametrize
@@ -412,6 +415,13 @@ def test_a_configuration_of_prism_runs_and_says_what_it_was_compared_by(tmp_path
     done = run(values, out=tmp_path / "run")
     assert done.final["frechet_distance"] > 0
     assert '"substitute CNN"' in (tmp_path / "run" / "evaluation.json").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "distances are by: substitute CNN" in page
+    picture = json.loads((tmp_path / "run" / "evaluation.json").read_text())["pictures"]
+    assert picture in page
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+    assert shown.shape == (6 * 8, 6 * 8)
+    assert shown.std() > 0
     assert parametrize.is_parametrized(plan(values).experiment.task.model().first)
     folder = export(tmp_path / "run", tmp_path / "mask")
     model, about = load_masked(folder), json.loads((folder / "mask.json").read_text())

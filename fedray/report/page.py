@@ -4,6 +4,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -69,6 +70,7 @@ def _one(run: RunRecord) -> str:
         _notes(run),
         _section("Curves", "".join(rows)),
         _section("Classes", _classes(run)),
+        _section("Generated pictures", _pictures(run)),
         _section("Who held what", _partition(run)),
         _section("Where the time went", _phases(run)),
         _section("What the workers did", _profile(run), _IDLE),
@@ -218,6 +220,18 @@ def _classes(run: RunRecord) -> str:
     rows.append(["mean over classes", *means, f"{support.sum():,}"])
     picture = f"<figure>{figures.confusion_svg(confusion, classes)}</figure>"
     return f'<div class="pair"><div class="tall">{_table(rows)}</div>{picture}</div>'
+
+
+def _pictures(run: RunRecord) -> str:
+    """Samples of the newest evaluation, and the network that they are compared by."""
+    evaluation = run.evaluation or {}
+    picture = str(evaluation.get("pictures", ""))
+    if not re.fullmatch(r"[A-Za-z0-9+/]+=*", picture):
+        return ""
+    note = html.escape(f"round {evaluation.get('round')}; distances are by: {evaluation.get('extractor')}")
+    style = "image-rendering:pixelated;width:24rem;max-width:100%"
+    shown = f'<img style="{style}" alt="generated pictures" src="data:image/png;base64,{picture}">'
+    return f"<figure>{shown}<p>{note}</p></figure>"
 
 
 def _partition(run: RunRecord) -> str:

@@ -4,6 +4,9 @@ dos Santos, Mroueh, Padhi and Dognin, 2019: the means and variances of a fixed n
 are to be those of real ones, without a discriminator.
 """
 
+import base64
+import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +31,7 @@ FeatureMapsBuilder = Callable[[tuple[int, ...]], FeatureMaps]
 Averaging = Literal["adam", "moving", "none"]
 
 _BLOCK = 64  # pictures whose statistics are taken at a time
+_SHOWN = 36  # generated pictures on the sheet
 _UNIT = 2.0**-16  # of the sums of an evaluation, which are exact within a range
 _AMA_LR, _BETA1, _BETA2 = 1e-5, 0.5, 0.999  # of GFMN's released code
 
@@ -104,8 +108,12 @@ class Generation:
         maps = self.feature_maps.on(device)
         model.train()  # BatchNorm by the batch, as in training
         noise = torch.randn(count, latent(model), generator=torch.Generator().manual_seed(seed)).to(device)
-        sums: dict[str, Any] = {"count": torch.tensor(count)}
-        for name, pictures in (("real", batch["x"]), ("fake", model(noise))):
+        fake = model(noise)
+        shown = torch.zeros(_SHOWN, *fake.shape[1:], dtype=torch.int64)
+        if int(batch["row"][0]) == 0:  # whole numbers that are added to zeros
+            shown[: len(fake)] = ((fake[:_SHOWN] + 1) * 127.5).round().long().cpu()
+        sums: dict[str, Any] = {"count": torch.tensor(count), "shown": shown}
+        for name, pictures in (("real", batch["x"]), ("fake", fake)):
             features = maps(pictures)[1].double()
             sums[f"{name}_sum"] = _UNIT * features.sum(0).cpu()
             sums[f"{name}_products"] = _UNIT * (features.T @ features).cpu()
@@ -121,7 +129,8 @@ class Generation:
             products = np.asarray(sums[f"{name}_products"], np.float64) / _UNIT
             moments.append((mean, (products - count * np.outer(mean, mean)) / max(1.0, count - 1)))
         distance = frechet_of(*moments[0], *moments[1])
-        return {"test_loss": distance, "frechet_distance": distance}, {"extractor": self.feature_maps.name}
+        details = {"extractor": self.feature_maps.name, "pictures": sheet(np.asarray(sums["shown"]).astype(np.uint8))}
+        return {"test_loss": distance, "frechet_distance": distance}, details
 
 
 class Matching:
@@ -162,6 +171,19 @@ class Matching:
         second = self.kept[f"{name}_second"].mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
         root = (second / (1 - _BETA2**steps)).sqrt_().add_(1e-8)
         v.addcdiv_(first, root, value=-self._lr / (1 - _BETA1**steps))
+
+
+def sheet(pictures: np.ndarray) -> str:
+    """Pictures uint8 (n², C, H, W) as one, n in a row: a PNG in base64."""
+    from PIL import Image
+
+    side = math.isqrt(len(pictures))
+    _, channels, height, width = pictures.shape
+    grid = pictures[: side * side].reshape(side, side, channels, height, width).transpose(0, 3, 1, 4, 2)
+    whole = grid.reshape(side * height, side * width, channels)
+    content = io.BytesIO()
+    Image.fromarray(whole[..., 0] if channels == 1 else whole).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def generated(model: nn.Module, count: int) -> torch.Tensor:
