@@ -2,7 +2,7 @@
 
 Three readings (Seo et al., 2025, and its released code). *release*: the code adds noise and then clamps the raw scores
 instead, so that neither noise nor sigmoid has any effect. *code_intent*: Gaussian noise on θ, of the deviation that the
-code computes. *off*: a mask of θ in [c, 1 − c] is still a randomised response. The accounts are of all that a client
+code computes. *none*: a mask of θ in [c, 1 − c] is still a randomised response. The accounts are of all that a client
 sends, without amplification.
 """
 
@@ -15,7 +15,7 @@ from fedray.trees import Params
 
 DELTA = 1e-5
 
-Noise = Literal["off", "release", "code_intent"]
+Noise = Literal["none", "release", "code_intent"]
 
 
 def noisy(scores: Params, noise: Noise, clip: float, claimed: float, seed: int) -> Params:

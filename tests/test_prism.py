@@ -172,21 +172,21 @@ def test_a_client_sends_a_bit_a_weight_and_receives_scores():
 
 
 def test_without_mada_the_scores_are_the_logits_of_the_mean_mask():
-    [first, *_] = states(mada="off")
+    [first, *_] = states(mada="none")
     share = flat(first.params).sigmoid()
     levels = 0.01 + 0.98 * torch.arange(8) / 7
     assert (share[:, None] - levels).abs().min(1).values.max() < 1e-5
 
 
 def test_mada_at_rate_one_is_no_mada_and_at_rate_zero_stands_still():
-    assert_same_bits(states(mada="fixed", rate=1.0)[-1].params, states(mada="off")[-1].params)
+    assert_same_bits(states(mada="fixed", rate=1.0)[-1].params, states(mada="none")[-1].params)
     [first, *_] = states(mada="fixed", rate=0.0)
     assert_same_bits(first.params, Learner(masked(), "cpu").params())
 
 
 def test_mada_moves_as_far_as_the_masks_differ():
     history = train(masked(), make("prism", local=LOCAL), SerialBackend(masked()), 1)
-    [off] = train(masked(), make("prism", local=LOCAL, mada="off"), SerialBackend(masked()), 1)
+    [off] = train(masked(), make("prism", local=LOCAL, mada="none"), SerialBackend(masked()), 1)
     d = history[0].metrics["mada_weight"]
     assert 0 < d < 1
     old = Learner(masked(), "cpu").params()
@@ -197,7 +197,7 @@ def test_mada_moves_as_far_as_the_masks_differ():
 
 
 def test_a_posterior_that_is_not_reset_is_the_mean_of_all_masks():
-    once, twice, thrice = states(mada="off", reset_every=100)
+    once, twice, thrice = states(mada="none", reset_every=100)
     assert [s.masks for s in (once, twice, thrice)] == [7, 14, 21]
     assert (twice.ones >= once.ones).all()
     torch.testing.assert_close(flat(thrice.params).sigmoid(), 0.01 + 0.98 * thrice.ones / 21, rtol=0, atol=1e-5)
@@ -276,7 +276,7 @@ def test_the_released_noise_has_no_effect_and_the_intended_one_has():
     release = [noisy(s, "release", 0.1, 9.8, seed)["w"] for seed in (0, 1)]
     assert torch.equal(release[0], release[1])
     assert torch.equal(release[0], s["w"].clamp(0.1, 0.9))
-    off = noisy(s, "off", 0.1, 9.8, 0)["w"]
+    off = noisy(s, "none", 0.1, 9.8, 0)["w"]
     torch.testing.assert_close(off, s["w"].sigmoid().clamp(0.1, 0.9))
     intent = [noisy(s, "code_intent", 0.1, 9.8, seed)["w"] for seed in (0, 1)]
     assert not torch.equal(intent[0], intent[1])
@@ -286,7 +286,7 @@ def test_the_released_noise_has_no_effect_and_the_intended_one_has():
 
 def test_the_account_says_what_the_noise_supports():
     s = {"a": torch.zeros(1000), "b": torch.zeros(500)}
-    assert account(s, "off", 0.0, 9.8, 1) == {}
+    assert account(s, "none", 0.0, 9.8, 1) == {}
     assert account(s, "release", 0.1, 9.8, 2) == {"epsilon": pytest.approx(2 * 1500 * math.log(9))}
     one, many = (account(s, "code_intent", 0.1, 9.8, rounds)["epsilon"] for rounds in (1, 100))
     assert 0 < one < many
@@ -447,7 +447,7 @@ def test_fedpm_learns_a_mask_of_a_classifier(tmp_path):
             "partition": {"name": "iid", "num_clients": 5},
             "model": {"name": "masked", "of": {"name": "mlp", "hidden": [64]}, "frozen": "fedpm"},
         },
-        "algorithm": {"name": "prism", "mada": "off", "local_optimizer": "adam", "local_lr": 0.1, "local_epochs": 2},
+        "algorithm": {"name": "prism", "mada": "none", "local_optimizer": "adam", "local_lr": 0.1, "local_epochs": 2},
         "backend": "serial",
     }
     assert run(values, out=tmp_path / "run").final["test_accuracy"] > 0.8

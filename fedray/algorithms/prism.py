@@ -35,23 +35,23 @@ class ServerState:
 def prism(
     *,
     local: LocalTraining,
-    mada: Literal["hamming", "cosine", "fixed", "off"] = "hamming",
+    mada: Literal["hamming", "cosine", "fixed", "none"] = "hamming",
     rate: float = 0.5,
     similar: bool = False,
     space: Literal["score", "probability"] = "score",
     reset_every: int = 1,
     masks: int = 1,
     alpha: float = 0.0,
-    noise: Literal["off", "release", "code_intent"] = "off",
+    noise: Literal["none", "release", "code_intent"] = "none",
     clip: float = 0.0,
     claimed_epsilon: float = 9.8,
     coded: bool = False,
 ) -> FederatedAlgorithm:
-    """Stochastic binary masks with a dynamic moving average (PRISM, Seo et al., 2025; mada=off is PRISM† and FedPM).
+    """Stochastic binary masks with a dynamic moving average (PRISM, Seo et al., 2025; mada=none is PRISM† and FedPM).
 
     Args:
         local: How a client trains its scores; Adam's moments stay with it. The paper: Adam at 0.1, 100 steps, batch 64.
-        mada: The distance d of the two global masks that says how far the server moves; fixed for a fixed average, off
+        mada: The distance d of the two global masks that says how far the server moves; fixed for a fixed average, none
             to move all the way.
         rate: d of a fixed average.
         similar: Move by 1 − d instead: the other reading of the paper's text.
@@ -98,7 +98,7 @@ def prism(
             draw(old.sigmoid(), seed_for(cohort[0].seed, "old")),
             draw(theta, seed_for(cohort[0].seed, "new")),
         )
-        d = 1.0 if mada == "off" else distance(m_old, m_new, mada) if mada != "fixed" else rate
+        d = 1.0 if mada == "none" else distance(m_old, m_new, mada) if mada != "fixed" else rate
         d = 1 - d if similar else d
         new = d * theta.logit() + (1 - d) * old
         if space == "probability":
