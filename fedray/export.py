@@ -51,7 +51,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{file} does not fit the run's own configuration ({error})") from error
     if any(isinstance(module, Masked) for module in model.modules()):
-        return _save_mask(run, params, folder)
+        return _save_mask(run, learner.params(), folder)  # in the model's order, which a file has not
     tuned = [(path, module) for path, module in model.named_modules() if isinstance(module, Tuned)]
     if not tuned:
         raise ConfigError(f"{run} trained no pre-trained model; there is nothing to export in peft's format")

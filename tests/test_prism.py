@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from problems import SIZES, Exam, assert_same_bits, make, masked, train
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -432,6 +433,12 @@ def test_a_configuration_of_prism_runs_and_says_what_it_was_compared_by(tmp_path
     assert float((weights != 0).float().mean()) == pytest.approx(about["density"])
     z = torch.randn(3, 4)
     assert torch.equal(model(z), model(z))
+    trained = Learner(plan(values).experiment.task, "cpu").load(load_file(tmp_path / "run" / "model.safetensors"))
+    theta = {name: s.sigmoid() for name, s in scores(trained).items()}
+    sure = torch.cat([t.flatten() for t in theta.values()])
+    order = [p for p in model.parameters() if p.dim() > 1]
+    bits = torch.cat([(p != 0).flatten() for p in order]).float()
+    assert float((bits * sure).sum() / bits.sum()) > float(sure.mean()) + 0.01  # what is kept was likely
     (folder / "mask.safetensors").unlink()
     with pytest.raises(DataError, match="holds no exported mask"):
         load_masked(folder)
