@@ -15,6 +15,7 @@ from fedray.aggregators import Aggregator, Together
 from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Make, Metrics, Pool
 from fedray.client_states import ClientStates
 from fedray.groups import member
+from fedray.metrics.diversity import with_squares
 
 
 def payload_bytes(tree: Any) -> int:
@@ -83,10 +84,11 @@ class Ledger:
 
 @dataclass(frozen=True)
 class MeteredBackend:
-    """A backend that writes what its clients send and receive into a ledger."""
+    """A backend that writes what its clients send and receive into a ledger, and may measure the updates' diversity."""
 
     backend: Backend
     ledger: Ledger
+    diversity: bool = False
 
     def map_reduce(
         self,
@@ -104,11 +106,15 @@ class MeteredBackend:
             return self.backend.map_reduce(client_update, broadcast, cohort, aggregator, keeps_state, grouped=grouped)
         size = payload_bytes(broadcast) if received is None else 0
         down = [size if received is None else received(client) for client in cohort]
+        measured = _weighing(with_squares(aggregator) if self.diversity else aggregator)
         (aggregate, sent), metrics = self.backend.map_reduce(
-            client_update, broadcast, cohort, _weighing(aggregator), keeps_state, grouped=grouped
+            client_update, broadcast, cohort, measured, keeps_state, grouped=grouped
         )
         self.ledger.book(sent, down)
-        return aggregate, metrics
+        if not self.diversity:
+            return aggregate, metrics
+        aggregate, diversity = aggregate
+        return aggregate, {**metrics, **diversity}
 
     def map(self, fn: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
         """Server-side work: nothing is sent."""

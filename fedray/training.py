@@ -14,7 +14,6 @@ from fedray.evaluation import evaluate
 from fedray.experiment import Experiment
 from fedray.learner import Learner, Task
 from fedray.ledger import Ledger, MeteredBackend
-from fedray.metrics.diversity import DiversityBackend
 from fedray.rounds import rounds
 
 Record = dict[str, Any]
@@ -67,7 +66,7 @@ def train(
     loop = rounds(
         experiment.algorithm,
         state,
-        MeteredBackend(DiversityBackend(backend) if experiment.diversity else backend, ledger),
+        MeteredBackend(backend, ledger, experiment.diversity),
         experiment.population,
         experiment.cohort,
         experiment.sampler,

@@ -9,14 +9,18 @@ from problems import SIZES, Exam, assert_same_bits, experiment, regression, trai
 from fedray.aggregators import collect, mean
 from fedray.algorithm import Client, ClientResult
 from fedray.backends.serial import SerialBackend
-from fedray.metrics.diversity import DiversityBackend
+from fedray.ledger import Ledger, MeteredBackend
 from fedray.training import train as train_in
 
 COHORT = [Client(id, id, slot=id) for id in range(4)]
 
 
+def measuring(backend):
+    return MeteredBackend(backend, Ledger(), diversity=True)
+
+
 def measured(updates, num_shares=1, aggregator=mean()):
-    backend = DiversityBackend(SerialBackend(regression(), num_shares))
+    backend = measuring(SerialBackend(regression(), num_shares))
     update = lambda learner, broadcast, client: ClientResult(updates[client.id], 1.0 + client.id)  # noqa: E731
     return backend.map_reduce(update, None, COHORT, aggregator)
 
@@ -45,7 +49,7 @@ def test_updates_that_cancel_have_a_norm_but_no_diversity():
 @pytest.mark.parametrize("exam", [Exam("fedavg"), Exam("scaffold"), Exam("fedavg", "blobs", group=3)], ids=str)
 def test_measuring_changes_nothing_and_does_not_depend_on_the_shares(exam):
     plain = train(exam.task(), exam.make(), exam.backend())
-    found = [train(exam.task(), exam.make(), DiversityBackend(exam.backend(shares))) for shares in (1, 3, 7)]
+    found = [train(exam.task(), exam.make(), measuring(exam.backend(shares))) for shares in (1, 3, 7)]
     for history in found:
         assert_same_bits(history[-1].state, plain[-1].state)
         assert [r.metrics for r in history] == [r.metrics for r in found[0]]

@@ -5,8 +5,8 @@ other, more if they cancel. GPT-FL (Zhang et al., 2023) looks at it round by rou
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,59 +14,15 @@ import torch
 
 from fedray import exact
 from fedray.aggregators import Aggregator
-from fedray.algorithm import Backend, Client, ClientResult, ClientUpdate, Make, Metrics, Pool
-from fedray.client_states import ClientStates
+from fedray.algorithm import Client, ClientResult
 from fedray.trees import leaves, squared_norm
-
-
-@dataclass(frozen=True)
-class DiversityBackend:
-    """A backend that adds ``gradient_diversity`` and ``update_norm`` to the metrics of what clients send.
-
-    Clients count alike, whatever their weights. ``update_norm`` is the root of the mean of ‖g_i‖².
-    """
-
-    backend: Backend
-
-    def map_reduce(
-        self,
-        client_update: ClientUpdate,
-        broadcast: Any,
-        cohort: Sequence[Client],
-        aggregator: Aggregator,
-        keeps_state: bool = False,
-        metered: bool = True,
-        grouped: bool = False,
-        received: Callable[[Client], int] | None = None,
-    ) -> tuple[Any, Metrics]:
-        """Run the cohort; see `fedray.algorithm.Backend`."""
-        used = with_squares(aggregator) if metered else aggregator
-        result, metrics = self.backend.map_reduce(
-            client_update, broadcast, cohort, used, keeps_state, metered, grouped, received
-        )
-        if not metered:
-            return result, metrics
-        aggregate, diversity = result
-        return aggregate, {**metrics, **diversity}
-
-    def map(self, fn: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
-        """Server-side work has no updates."""
-        return self.backend.map(fn, items)
-
-    def stream(self, make: Make, items: Sequence[Any], pool: Pool | None = None) -> Iterator[tuple[int, Any]]:
-        """Server-side work has no updates."""
-        return self.backend.stream(make, items, pool)
-
-    @property
-    def client_states(self) -> ClientStates:
-        """What clients keep is no update."""
-        return self.backend.client_states
 
 
 def with_squares(inner: Aggregator) -> Aggregator:
     """Another aggregation, beside the diversity of the updates: ``(aggregate, metrics)``; {} where no tensor is sent.
 
-    Sums are exact, so that any split of the cohort gives the same bits.
+    The metrics are ``gradient_diversity`` and ``update_norm``, the root of the mean of ‖g_i‖²; clients count alike,
+    whatever their weights. Sums are exact, so that any split of the cohort gives the same bits.
     """
 
     def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
