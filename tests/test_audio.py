@@ -13,7 +13,7 @@ from fedray.models.audio import LogMel, audio_conv_rnn
 from fedray.synthesis.diffusion_models import sound_diffusion
 from fedray.synthesis.prompts import template
 from fedray.synthesis.requests import of_classes
-from fedray.synthesis.spoken import espeak, speech
+from fedray.synthesis.spoken import espeak, hibari, speech
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
 
@@ -53,6 +53,21 @@ def test_espeak_says_the_same_from_a_seed_and_other_words_and_voices_otherwise()
     assert espeak(voices=["en-gb"]).settings != generator.settings
     with pytest.raises(ValueError, match="slowest is 300 and fastest 200; they must be ordered"):
         espeak(slowest=300, fastest=200)
+
+
+def test_hibari_says_the_same_from_a_seed(monkeypatch):
+    monkeypatch.setattr("fedray.synthesis.spoken.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install hibari-tts"):
+        hibari()
+    monkeypatch.undo()
+    pytest.importorskip("hibari", reason="needs the package hibari-tts")
+    requests = of_classes(template(["one", "two"], ["{}"]), [2, 1], 0)
+    samples = hibari().load("cpu")(requests)
+    assert samples == hibari().load("cpu")(requests)
+    assert len(set(samples)) == 3
+    assert all(np.abs(read_sound(sample, 8000)).max() > 0.05 for sample in samples)
+    with pytest.raises(ValueError, match=r"slowest is 2 and fastest 1; they must be ordered"):
+        hibari(slowest=2, fastest=1)
 
 
 def test_without_its_program_espeak_says_what_to_install(monkeypatch):

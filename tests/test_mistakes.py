@@ -171,7 +171,7 @@ FILES = [
     ("", "the configuration lacks task, algorithm, rounds, cohort; give task=..."),
     (YAML.replace("rounds: 5\n", ""), "the configuration lacks rounds; give rounds=..."),
     (YAML.replace("algorithm: {name: fedprox, mu", "algorithm: {mu"), "algorithm has no name; known: centralized"),
-    (YAML.replace("{name: mlp, hidden: [8]}", "{mlp: {}}"), "task.model has no name; known: clip"),
+    (YAML.replace("{name: mlp, hidden: [8]}", "{mlp: {}}"), "task.model has no name; known: audio_conv_rnn"),
     (YAML + "cohrot: 3\n", "the configuration has no option 'cohrot'; did you mean 'cohort'?"),
     (YAML.replace("alpha: 0.5", "alpha: '0.5'"), "task.partition.alpha is '0.5'; it must be a finite number"),
     (YAML.replace("seed: 0", "seed: yes"), "seed is true; it must be a whole number"),

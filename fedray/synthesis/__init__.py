@@ -6,7 +6,7 @@ from fedray.synthesis.captions import CAPTIONERS, CLIENT_PROMPTS
 from fedray.synthesis.diffusion_models import class_conditional, diffusion, sound_diffusion
 from fedray.synthesis.generator import Generator
 from fedray.synthesis.prompts import PROMPTS
-from fedray.synthesis.spoken import espeak, speech
+from fedray.synthesis.spoken import espeak, hibari, speech
 
 __all__ = ["CAPTIONERS", "CLIENT_PROMPTS", "GENERATORS", "PROMPTS", "Generator"]
 
@@ -16,4 +16,5 @@ GENERATORS: dict[str, Callable[..., Generator]] = {
     "sound_diffusion": sound_diffusion,
     "speech": speech,
     "espeak": espeak,
+    "hibari": hibari,
 }
