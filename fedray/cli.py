@@ -61,6 +61,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     resume.set_defaults(command=_resume)
 
+    sweep = commands.add_parser("sweep", help="run a grid of trials, many at once, and compare them")
+    sweep.add_argument("config", help="a YAML file, or a shipped experiment's name")
+    sweep.add_argument("axes", nargs="+", metavar="key=v1,v2", help="values of an option; seed=0..4 for a range")
+    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="the sweep's folder; it goes on if there")
+    sweep.add_argument("--zip", action="store_true", help="values in step, instead of all combinations")
+    sweep.add_argument("--random", type=int, metavar="N", help="so many trials of the grid, drawn at random")
+    sweep.add_argument("--retries", type=int, default=1, help="how often a failed trial is tried again (default: 1)")
+    sweep.add_argument("--metric", default="test_accuracy", help="what the table shows (default: test_accuracy)")
+    sweep.set_defaults(command=_sweep)
+
     calibrate = commands.add_parser("calibrate", help="find the fastest way to compute clients on this machine")
     calibrate.add_argument("config", help="a YAML file, or a shipped experiment's name")
     calibrate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options on top of the file")
@@ -119,6 +129,17 @@ def _resume(options: argparse.Namespace) -> None:
     from fedray.runs import resume
 
     _finish(resume(options.run, options.overrides).folder)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from fedray.sweep import failed, sweep, table
+
+    tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    found = sweep(options.config, options.axes, options.out, options.zip, options.random, options.retries, tell)
+    print(table(found, options.metric))
+    print(f"results: {options.out / 'results.csv'}\nreport: {options.out / 'report.html'}")
+    if (error := failed(found)) is not None:
+        raise error
 
 
 def _calibrate(options: argparse.Namespace) -> None:

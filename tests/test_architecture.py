@@ -73,6 +73,7 @@ def test_backends_are_for_those_who_start_runs(path):
         "fedray.runs",
         "fedray.calibrate",
         "fedray.generate",
+        "fedray.sweep",
         "fedray.cli",
     )
     if not within(dotted(path), *starters):
@@ -129,7 +130,7 @@ def test_what_is_below_does_not_import_what_is_above(package):
 def test_the_top_is_imported_by_nobody_below():
     users = {name: set(imported(parsed(path))) for name, path in MODULES.items()}
     assert [name for name, used in users.items() if "fedray.cli" in used] == ["fedray.__main__"]
-    assert [name for name, used in users.items() if "fedray.runs" in used] == ["fedray.cli"]
+    assert [name for name, used in users.items() if "fedray.runs" in used] == ["fedray.cli", "fedray.sweep"]
 
 
 def test_there_is_no_circle():

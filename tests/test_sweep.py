@@ -1,0 +1,130 @@
+"""Sweeps: which trials there are, that they are ordinary runs, and that a sweep goes on."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from fedray import runs
+from fedray.cli import main
+from fedray.errors import ConfigError
+from fedray.sweep import Outcome, Trial, axis, failed, sweep, table, trials
+
+VALUES = {
+    "rounds": 2,
+    "cohort": 3,
+    "evaluate_every": 0,
+    "task": {
+        "name": "classification",
+        "data": {"name": "subset", "of": "digits", "train": 120, "test": 60},
+        "partition": {"name": "dirichlet", "num_clients": 6, "alpha": 0.5},
+        "model": {"name": "mlp", "hidden": [8]},
+    },
+    "algorithm": {"name": "fedavg", "local_lr": 0.1},
+    "backend": "serial",
+}
+
+
+def test_axes_are_values_and_ranges():
+    assert axis("algorithm={name: fedprox, mu: 0.1},fedavg") == ("algorithm", ["{name: fedprox, mu: 0.1}", "fedavg"])
+    assert axis("seed=3..3") == ("seed", ["3"])
+    for wrong, message in (
+        ("seed", "is not key=value"),
+        ("seed=4..1", "is an empty range"),
+        ("=1", "is not key=value"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            axis(wrong)
+
+
+def test_trials_are_the_grid_or_in_step_or_a_part():
+    grid = trials(["cohort=1,2", "rounds=5", "seed=0..2"], Path("out"))
+    assert len(grid) == 6
+    assert grid[0].overrides == ["cohort=1", "rounds=5", "seed=0"]
+    assert grid[-1].folder == Path("out/cohort=2,seed=2")
+    assert [t.overrides for t in trials(["a=1,2", "b=3,4", "c=9"], Path("o"), zipped=True)] == [
+        ["a=1", "b=3", "c=9"],
+        ["a=2", "b=4", "c=9"],
+    ]
+    part = trials(["a=0..9", "b=0..9"], Path("o"), random=7)
+    assert len(part) == 7
+    assert part == trials(["a=0..9", "b=0..9"], Path("o"), random=7)
+    assert len({t.folder for t in trials(["m={a: 1},{a: 2},{a; 1}"], Path("o"))}) == 3
+    with pytest.raises(ConfigError, match="as many of each: a has 2, b has 3"):
+        trials(["a=1,2", "b=1,2,3"], Path("o"), zipped=True)
+
+
+def test_a_trial_is_the_run_that_it_would_be_alone_and_a_sweep_goes_on(tmp_path, monkeypatch):
+    found = sweep(VALUES, ["cohort=2,3", "seed=0..1"], tmp_path / "sweep")
+    assert [outcome.error for outcome in found] == [""] * 4
+    alone = runs.run(VALUES, ["cohort=3", "seed=1"], tmp_path / "alone").folder
+    trial = tmp_path / "sweep" / "cohort=3,seed=1"
+    assert (trial / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    with (tmp_path / "sweep" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["cohort"], row["seed"]) for row in rows] == [("2", "0"), ("2", "1"), ("3", "0"), ("3", "1")]
+    assert float(rows[3]["test_accuracy"]) == found[3].final["test_accuracy"]
+    assert "cohort=3,seed=1" in (tmp_path / "sweep" / "report.html").read_text()
+    monkeypatch.setattr("fedray.sweep.run", None)  # nothing is run again
+    again = sweep(VALUES, ["cohort=2,3", "seed=0..1"], tmp_path / "sweep")
+    assert [outcome.final for outcome in again] == [outcome.final for outcome in found]
+    [other, *_] = sweep({**VALUES, "rounds": 3}, ["cohort=2,3", "seed=0..1"], tmp_path / "sweep", retries=0)
+    assert "holds a trial with another rounds; choose another --out" in other.error
+    lines = table(found).splitlines()
+    assert [line.split()[0] for line in lines] == ["cohort=2", "cohort=3"]
+    assert all("±" in line and line.endswith("(2)") for line in lines)
+
+
+def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path):
+    out = tmp_path / "sweep"
+    runs.run({**VALUES, "checkpoint_every": 1}, ["seed=0", "rounds=1"], out / "seed=0")
+    (out / "seed=0" / "config.yaml").write_text(
+        (out / "seed=0" / "config.yaml").read_text().replace("rounds: 1", "rounds: 2")
+    )
+    (out / "seed=0" / "model.safetensors").unlink()
+    [first, _] = sweep({**VALUES, "checkpoint_every": 1}, ["seed=0..1"], out)
+    alone = runs.run({**VALUES, "checkpoint_every": 1}, ["seed=0"], tmp_path / "alone").folder
+    assert (first.trial.folder / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+def test_a_trial_that_fails_is_tried_again_and_told_and_the_others_go_on(tmp_path, monkeypatch):
+    attempts = []
+
+    def fragile(values, out):
+        attempts.append(out.name)
+        if values["seed"] == 1:
+            raise RuntimeError("the disk is on fire")
+        return runs.run(values, out=out)
+
+    monkeypatch.setattr("fedray.sweep.run", fragile)
+    found = sweep(VALUES, ["seed=0..2"], tmp_path / "sweep", retries=2)
+    assert attempts.count("seed=1") == 3
+    assert len(attempts) == 5
+    assert [bool(outcome.error) for outcome in found] == [False, True, False]
+    assert "1 of 3 trials failed" in str(failed(found))
+    assert "the disk is on fire" in str(failed(found))
+    assert "the disk is on fire" in (tmp_path / "sweep" / "results.csv").read_text()
+    assert failed(found[:1]) is None
+
+
+def test_mistakes_show_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError, match="no option 'alhpa'"):
+        sweep(VALUES, ["task.partition.alpha=1,2", "task.partition.alhpa=3"], tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_table_says_what_failed():
+    trial = Trial((("a", "1"), ("seed", "0")), Path("x"))
+    assert table([Outcome(trial, {}, "boom")]) == "all  test_accuracy failed"
+
+
+def test_on_ray_trials_are_packed_and_have_the_same_bytes(tmp_path, capfd):
+    values = {**VALUES, "backend": {"name": "ray", "num_workers": 2}}
+    from omegaconf import OmegaConf
+
+    (tmp_path / "c.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    assert main(["sweep", str(tmp_path / "c.yaml"), "seed=0..3", "--out", str(tmp_path / "sweep")]) == 0
+    assert "test_accuracy" in capfd.readouterr().out
+    alone = runs.run(VALUES, ["seed=2"], tmp_path / "alone").folder
+    trial = tmp_path / "sweep" / "seed=2"
+    assert (trial / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
