@@ -231,4 +231,5 @@ def _check_same_data(task: Task, path: Path) -> None:
 
 
 def _name(path: Path) -> str:
+    path = path.resolve()  # the parent of mine.yaml, or of ../mine.yaml, must not become a part of a path as it stands
     return path.parent.name if path.stem == "run" else f"{path.parent.name}/{path.stem}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from serial_runs import CONFIG, measured, model, undisturbed, without_page
 
 import fedray
@@ -178,3 +179,14 @@ def test_the_configuration_in_the_folder_reproduces_the_run(tmp_path, overrides)
 def test_another_seed_gives_other_bytes(unbroken, tmp_path):
     run(CONFIG, ["seed=4"], tmp_path / "a")
     assert model(tmp_path / "a") != model(unbroken)
+
+
+@pytest.mark.parametrize("source", ["mine.yaml", "./mine.yaml", "../here/mine.yaml", "../above.yaml"])
+def test_a_run_without_a_folder_of_its_own_stays_below_runs(source, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    OmegaConf.save(OmegaConf.create(CONFIG | {"rounds": 1}), source)
+    with without_page():
+        folder = run(source).folder
+    assert folder.resolve().is_relative_to(here / "runs")
