@@ -18,7 +18,7 @@ from fedray.errors import ConfigError, DataError
 from fedray.experiment import plan
 from fedray.learner import Columns, Learner
 from fedray.local_training import LocalTraining
-from fedray.metrics.membership import Attack, confidence, judge, scores
+from fedray.metrics.membership import Attack, confidence, halves, judge, scores
 from fedray.seeds import seed_for
 from fedray.tasks.classification import Classification
 from fedray.trees import Params
@@ -61,7 +61,7 @@ def lira(
     """Whether the final model of a run gives away what its clients hold (LiRA, Carlini et al., 2022).
 
     Half of the examples are members, of all clients; the other half are test examples. Each shadow model is trained in
-    one place, on a random half of them, in the way ``local`` says. ``lira.json`` is written into the run folder.
+    one place, on about half of them, in the way ``local`` says. ``lira.json`` is written into the run folder.
 
     Args:
         run: A finished run of a classifier.
@@ -85,7 +85,7 @@ def lira(
     chosen = [draw.permutation(len(columns["y"]))[:half] for columns in (target.private, target.other)]
     pool = {name: torch.cat([target.private[name][chosen[0]], target.other[name][chosen[1]]]) for name in ("x", "y")}
     member = np.arange(2 * half) < half
-    seen = np.array([draw.permutation(2 * half) < half for _ in range(shadows)])
+    seen = halves(shadows, 2 * half, draw)
     start = Learner(target.task, "cpu").params()
     found = []
     for number, rows in enumerate(seen):

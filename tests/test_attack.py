@@ -10,7 +10,7 @@ from fedray import attack
 from fedray.cli import main
 from fedray.errors import ConfigError, DataError
 from fedray.local_training import LocalTraining
-from fedray.metrics.membership import confidence, judge, scores
+from fedray.metrics.membership import confidence, halves, judge, scores
 from fedray.runs import run
 
 LOCAL = LocalTraining(local_lr=0.1, local_epochs=30, local_momentum=0.9)
@@ -76,6 +76,20 @@ def test_a_model_that_memorises_is_caught_and_one_that_saw_nothing_is_not(memory
     assert attack.lira(memory, shadows=12, examples=300, local=LOCAL) == caught
     missed = attack.lira(stranger, shadows=12, examples=300, local=LOCAL)
     assert abs(missed.auc - 0.5) < 0.08
+
+
+def test_every_example_is_seen_by_half_of_the_shadow_models():
+    """The fewest shadow models that are allowed are enough, whatever the seed: none is trained in vain."""
+    for shadows in (4, 5, 16):
+        seen = halves(shadows, 1000, np.random.default_rng(shadows))
+        assert (seen.sum(0) == shadows // 2).all()
+        assert abs(seen.mean(1) - shadows // 2 / shadows).max() < 0.1
+        assert len({row.tobytes() for row in seen}) == shadows
+
+
+def test_the_fewest_shadow_models_are_enough(memory):
+    short = LocalTraining(local_lr=0.1, local_epochs=1)
+    assert 0 < attack.lira(memory, shadows=4, examples=300, local=short).auc < 1
 
 
 def test_the_command_prints_what_was_found(memory, capsys):

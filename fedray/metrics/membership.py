@@ -1,6 +1,6 @@
 """Membership inference by likelihood ratios: LiRA (Carlini et al., 2022).
 
-Was an example in a model's training set? Shadow models, each trained on a random half of the examples, show how sure a
+Was an example in a model's training set? Shadow models, each trained on about half of the examples, show how sure a
 model is of an example that it has seen and of one that it has not: φ = log(p_y / (1 − p_y)). Both are normal; the score
 of an example is the log-likelihood ratio of the target's φ (online), or how far it lies above unseen ones (offline).
 """
@@ -27,6 +27,15 @@ def confidence(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     others[rows, y] = -np.inf
     top = others.max(1)
     return logits[rows, y] - (top + np.log(np.exp(others - top[:, None]).sum(1)))
+
+
+def halves(shadows: int, examples: int, draw: np.random.Generator) -> np.ndarray:
+    """Which shadow model is trained on which example: bool of shape (shadows, examples).
+
+    Every example is seen by half of the models (Carlini et al., 2022, section 4.1): with halves drawn for each model on
+    its own, some example is soon seen by all or by none, and has no ratio.
+    """
+    return draw.permuted(np.tile(np.arange(shadows) < shadows // 2, (examples, 1)), axis=1).T
 
 
 def scores(
