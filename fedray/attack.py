@@ -1,7 +1,8 @@
 """Attacks on what a run left: ``fedray attack`` for Python and the shell."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -179,13 +180,22 @@ def prompts(run: str | Path) -> list[dict[str, Any]]:
     found = []
     for client in range(len(task.sizes)):
         said = [text for text, _ in say(task.data, task.partition.client(client))]
-        named = [name for name in task.data.classes if any(name.lower() in text.lower() for text in said)]
         found.append(
             {
                 "client": client,
                 "prompts": len(said),
                 "bytes": sum(len(text.encode()) for text in said),
-                "classes": named,
+                "classes": named(said, task.data.classes),
             }
         )
     return found
+
+
+def named(texts: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The classes that texts name, as whole words or their plurals: "a woman" does not name the class man.
+
+    >>> named(["a photo of two beetles"], ["bee", "beetle", "cat"])
+    ['beetle']
+    """
+    words = {name: re.compile(rf"(?<!\w){re.escape(name)}(e?s)?(?!\w)", re.IGNORECASE) for name in classes}
+    return [name for name, word in words.items() if any(word.search(text) for text in texts)]

@@ -133,6 +133,21 @@ def test_copies_are_nearer_than_strangers(memory, tmp_path):
     assert others.closer < 0.2
 
 
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("A photo of woman", ["woman"]),
+        ("a photo of two Beetles, dark", ["beetle"]),
+        ("a pine_tree beside a man.", ["man", "pine_tree"]),
+        ("buses and a T-shirt/top", ["bus", "T-shirt/top"]),
+        ("nothing of the kind", []),
+    ],
+)
+def test_a_class_is_named_by_its_whole_word_or_its_plural(text, classes):
+    known = ["man", "woman", "bee", "beetle", "tree", "pine_tree", "bus", "T-shirt/top"]
+    assert attack.named([text], known) == classes
+
+
 def test_prompts_give_away_classes(tmp_path):
     algorithm = {
         "name": "fgl",
