@@ -96,6 +96,9 @@ def train(
             record = {"round": done, **tested, **finished.metrics, "clients_sampled": sampled, "clients_failed": failed}
             seconds = time.perf_counter() - began + sum(between.values())
             record |= {**ledger.entry(), "seconds": seconds, "phases": phases, **profile()}
+            if lost := backend.dropped:
+                record["dropped"] = [{"client": f.client, "why": f.why} for f in sorted(lost, key=lambda f: f.client)]
+                backend.dropped.clear()
             _keep(metrics_path, record)
             between = {}
             if last or (experiment.checkpoint_every and done % experiment.checkpoint_every == 0):

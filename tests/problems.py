@@ -20,6 +20,7 @@ from fedray.algorithm import EVERYONE, Client, ClientResult, FederatedAlgorithm,
 from fedray.algorithms import ALGORITHMS
 from fedray.algorithms.fedavg import fedavg
 from fedray.backends.serial import SerialBackend
+from fedray.backends.worker import Failure
 from fedray.client_states import ClientStates
 from fedray.data import Partition
 from fedray.data.dataset import make_dataset
@@ -409,6 +410,10 @@ class Altered:
     @property
     def client_states(self) -> ClientStates:
         return self.backend.client_states
+
+    @property
+    def dropped(self) -> list[Failure]:
+        return self.backend.dropped
 
 
 def failing(victim: int) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 Comments on the lines before a fenced block say what is done with it:
 
     <!-- runs: OVERRIDES -->    overrides for each `fedray run` of the block, instead of rounds=1 backend.name=serial
-    <!-- planned: REASON -->    each `fedray run` is only read, checked and built
+    <!-- planned: REASON -->    each `fedray run` or configuration is only read, checked and built, if its data are here
     <!-- not run: REASON -->    only parsed
     <!-- exits: CODE -->        the exit code of the block's last command; 0 without it
     <!-- file: NAME -->         written to NAME in the page's folder
@@ -19,6 +19,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -30,6 +31,7 @@ from omegaconf import OmegaConf
 import fedray
 from fedray import catalogue, cli, config
 from fedray.clock import PHASES
+from fedray.errors import DataError
 from fedray.experiment import plan
 from fedray.options import options_of
 from fedray.runs import find
@@ -140,7 +142,7 @@ def run_bash(block: Block, _namespace: dict[str, Any]) -> bool:
         if arguments[0] != "run":
             code = cli.main(arguments)
         elif "planned" in block.notes:
-            plan(config.read(find(arguments[1]), arguments[2:]))
+            planned(block, config.read(find(arguments[1]), arguments[2:]))
             continue
         else:
             out = [] if "--out" in arguments else ["--out", f"{block.line}-{position}"]  # two runs in the same second
@@ -161,7 +163,12 @@ def run_yaml(block: Block, _namespace: dict[str, Any]) -> None:
     """A whole configuration, or a part that is laid over the quickstart's."""
     quickstart = config.read(find("quickstart"))
     written = OmegaConf.to_container(OmegaConf.create(block.text), resolve=False)
-    plan(config.read(overlaid(quickstart, written)))
+    planned(block, config.read(overlaid(quickstart, written)))
+
+
+def planned(block: Block, values: dict[str, Any]) -> None:
+    with suppress(*[DataError] if "planned" in block.notes else []):
+        plan(values)
 
 
 def overlaid(base: Any, part: Any) -> Any:

@@ -1,5 +1,6 @@
 """Clients that fail, or do what they must not."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,10 +126,14 @@ def test_a_cohort_in_which_everybody_fails_ends_the_run_even_where_failures_are_
         train(task, Exam("fedavg").make(), Altered(backend, alter))
 
 
-def test_failures_are_counted_in_the_metrics(tmp_path: Path):
+def test_failures_are_counted_in_the_metrics_with_their_reasons(tmp_path: Path):
     made = replace(experiment(Exam("fedavg"), 2), sampler=uniform, cohort=9)
     records = list(train_in(made, tmp_path, Altered(backend_for(made, 2, on_client_error="drop"), failing(4))))
     assert [(r.get("clients_sampled"), r.get("clients_failed")) for r in records] == [(None, None), (9, 1), (9, 1)]
+    lost = [{"client": 4, "why": "RuntimeError: the battery is empty"}]
+    assert [r.get("dropped") for r in records] == [None, lost, lost]
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r.get("dropped") for r in kept] == [None, lost, lost]
 
 
 @exams(FEDERATED)

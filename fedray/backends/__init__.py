@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedray.algorithm import Make, Pool
 
 if TYPE_CHECKING:
-    from fedray.backends.ray.backend import Resources
+    from fedray.backends.ray.resources import Resources
     from fedray.experiment import Experiment
 
 Stop = Callable[[], bool]
@@ -68,35 +68,48 @@ def on_ray(
     *,
     num_workers: int | Literal["auto"] = "auto",
     clients_per_worker: int | Literal["auto"] = "auto",
+    min_workers: int | None = None,
     num_cpus: float = 1.0,
     num_gpus: float | Literal["auto"] = "auto",
+    labels: list[str] | None = None,
     address: str = "local",
     placement: Literal["pack", "spread"] = "pack",
     device: str = "auto",
     threads: int = 1,
     on_client_error: Literal["raise", "drop"] = "raise",
+    client_timeout: float | None = None,
     object_store_gb: float | None = None,
     start_timeout: float = 120.0,
 ) -> Launcher:
     """A driver actor and worker actors on a Ray cluster; each worker stands for many clients.
 
     Args:
-        num_workers: Worker actors; auto for one for each GPU or, without GPUs, each num_cpus CPUs of the cluster.
+        num_workers: Worker actors; auto for one for each GPU or, without GPUs, each num_cpus CPUs of the cluster, and
+            for more of them when nodes join.
         clients_per_worker: Clients of a cohort that a worker stands for, instead of num_workers; 1: an actor for each.
+        min_workers: Workers that are enough to begin with; the others join when there is room, for example on nodes
+            that an autoscaler brings. null for all.
         num_cpus: CPUs that a worker reserves, fractions allowed.
         num_gpus: GPUs that a worker reserves, fractions allowed; auto for one where the cluster has GPUs.
+        labels: Nodes for the workers, by labels such as ray.io/accelerator-type=A100; all of them must fit.
         address: An existing cluster (host:port, or auto), or local for one of this run's own.
         placement: Whether workers fill one node after the other, or are spread over the nodes.
         device: auto, cpu, or cuda.
         threads: PyTorch threads of a worker; more are faster for large models, and change the bits of the result.
         on_client_error: Whether a client that raises ends the run, or is dropped from the round and counted.
+        client_timeout: Seconds that a client may take before its worker is ended and the client tried again; one that
+            fails so three times counts as a client that raises. null for no limit.
         object_store_gb: Size of a local cluster's shared memory; None for Ray's default.
         start_timeout: Seconds to wait for the workers before saying what is missing.
     """
     _positive(num_cpus=num_cpus, threads=threads, start_timeout=start_timeout)
-    for name, value in {"num_workers": num_workers, "clients_per_worker": clients_per_worker}.items():
-        if not isinstance(value, str):
+    counts = {"num_workers": num_workers, "clients_per_worker": clients_per_worker, "min_workers": min_workers}
+    for name, value in {**counts, "client_timeout": client_timeout}.items():
+        if value is not None and not isinstance(value, str):
             _positive(**{name: value})
+    for label in labels or ():
+        if not all(label.partition("=")):
+            raise ValueError(f"labels holds {label!r}; a label is key=value, such as ray.io/accelerator-type=A100")
     if num_workers != "auto" and clients_per_worker != "auto":
         raise ValueError(
             f"clients_per_worker is {clients_per_worker}, num_workers is {num_workers}; set one of the two"
@@ -106,17 +119,20 @@ def on_ray(
     _check_device(device, here=False)
 
     def resources() -> "Resources":
-        from fedray.backends.ray.backend import Resources
+        from fedray.backends.ray.resources import Resources
 
         return Resources(
             num_workers,
             clients_per_worker,
+            min_workers,
             num_cpus,
             num_gpus,
+            tuple(labels or ()),
             placement,
             device,
             threads,
             on_client_error,
+            client_timeout,
             start_timeout,
         )
 

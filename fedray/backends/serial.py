@@ -8,7 +8,7 @@ import torch
 
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientUpdate, Make, Metrics, Pool
-from fedray.backends.worker import Job, Partial, balance, fold, map_items, members, reduce
+from fedray.backends.worker import Failure, Job, Partial, balance, fold, map_items, members, reduce
 from fedray.client_states import ClientStates
 from fedray.clock import Clock
 from fedray.execution import ONE_BY_ONE, Execution
@@ -47,6 +47,7 @@ class SerialBackend:
         self._group = execution.size
         self.client_states = ClientStates()
         self.clock = Clock()
+        self.dropped: list[Failure] = []
 
     def map_reduce(
         self,
@@ -73,9 +74,10 @@ class SerialBackend:
             partials.append(partial)
             self.clock.add(partial.seconds)
             kept += [(c, state) for c, state in zip(members(share), states, strict=False) if state is not None]
-        result = reduce(partials, whole, job, len(cohort))
+        result, metrics, failures = reduce(partials, whole, job, len(cohort))
+        self.dropped += failures
         self.client_states.stage(kept)
-        return result
+        return result, metrics
 
     def map(self, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
         """``[fn(learner, item) for item in items]``."""

@@ -1,10 +1,12 @@
 """What one worker does with its share of a cohort, and what the driver does with the parts. Knows nothing of Ray."""
 
 import ctypes
+import faulthandler
+import math
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -29,6 +31,7 @@ class Job:
     aggregator: Aggregator
     keeps_state: bool
     drop_failures: bool
+    time_limit: float | None = None  # seconds for a client, after which its process ends
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Failure:
     round: int
     traceback: str
     fatal: bool = False
+
+    @property
+    def why(self) -> str:
+        """In a line."""
+        return self.traceback.strip().splitlines()[-1]
 
 
 @dataclass(frozen=True)
@@ -75,9 +83,10 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
     took: list[float] = []
     broadcast = _to(broadcast, learner.device)
     versions = _versions(broadcast)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _time_limit(job.time_limit) as begin:
         for unit in share:
             began = time.perf_counter()
+            begin(len(unit))
             clients = [replace(client, state=_to(client.state, learner.device)) for client in unit]
             group = together = added = None
             if len(clients) > 1:
@@ -115,6 +124,24 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
     keepers = frozenset(c.slot for c, state in zip(members(share), states, strict=True) if state is not None)
     partial = Partial(totals, tuple(failures), keepers, tuple(took), _size(accumulator), clock.take())
     return (partial, accumulator, states) if learner.device == _CPU else (partial, *_to([accumulator, states], _CPU))
+
+
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[Callable[[int], None]]:
+    """A function that gives so many clients the time that they may take; after it, this process ends with a traceback.
+
+    A thread in C watches it, so that even a client that hangs in C is ended.
+    """
+
+    def begin(clients: int) -> None:
+        if seconds is not None:
+            faulthandler.dump_traceback_later(seconds * clients, exit=True, file=2)
+
+    try:
+        yield begin
+    finally:
+        if seconds is not None:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def members(share: Sequence[Unit]) -> list[Client]:
@@ -158,8 +185,10 @@ def _add_group(
         return None
 
 
-def reduce(partials: Sequence[Partial], accumulator: Any, job: Job, num_clients: int) -> tuple[Any, Metrics]:
-    """What a round comes to, from its parts and their merged accumulators.
+def reduce(
+    partials: Sequence[Partial], accumulator: Any, job: Job, num_clients: int
+) -> tuple[Any, Metrics, list[Failure]]:
+    """What a round comes to, from its parts and their merged accumulators, and who was dropped from it.
 
     Raises:
         ClientError: a client raised and failures are not dropped, or every client failed, or one wrote into the
@@ -179,7 +208,7 @@ def reduce(partials: Sequence[Partial], accumulator: Any, job: Job, num_clients:
         if partial.metrics is not None:
             totals = metrics.merge(totals, partial.metrics)
     failed = {"clients_failed": float(len(failures))} if failures else {}
-    return job.aggregator.report(accumulator), {**metrics.report(totals), **failed}
+    return job.aggregator.report(accumulator), {**metrics.report(totals), **failed}, failures
 
 
 class Costs:
@@ -204,15 +233,40 @@ class Costs:
         self._seconds, self._work = self._seconds + seconds, self._work + work
 
 
-def balance(units: Sequence[Unit], num_shares: int, costs: Costs | None = None) -> list[list[Unit]]:
-    """Costliest first to the least loaded share (Graham's rule); shares may be empty."""
+class Speeds:
+    """How fast workers are beside each other, by the seconds that they took for the same expected work."""
+
+    def __init__(self) -> None:
+        self._speed: dict[Any, float] = {}
+
+    def of(self, workers: Iterable[Any]) -> list[float]:
+        """Their speeds; 1 for one who is new, or differs no more than equal machines do from round to round."""
+        speeds = (self._speed.get(worker, 1.0) for worker in workers)
+        return [1.0 if abs(math.log(speed)) < _NOISE else speed for speed in speeds]
+
+    def learn(self, took: Mapping[Any, tuple[float, float]]) -> None:
+        """Take note of each worker's expected work and seconds in a round; only their proportions count."""
+        pace = {worker: work / seconds for worker, (work, seconds) in took.items() if work and seconds > _INSTANT}
+        known = [self._speed.get(worker, 1.0) for worker in pace]
+        ratios = [math.log(found / speed) for found, speed in zip(pace.values(), known, strict=True)]
+        scale = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
+        for (worker, found), speed in zip(pace.items(), known, strict=True):
+            self._speed[worker] = speed ** (3 / 4) * (found / scale) ** (1 / 4)
+
+
+def balance(
+    units: Sequence[Unit], num_shares: int, costs: Costs | None = None, speeds: Sequence[float] | None = None
+) -> list[list[Unit]]:
+    """Costliest first to the share that is through with it first (Graham's rule); shares may be empty."""
     shares: list[list[Unit]] = [[] for _ in range(num_shares)]
     loads = [0.0] * num_shares
+    speeds = speeds or [1.0] * num_shares
     expected = [(costs or Costs()).of(unit) for unit in units]
     for cost, unit in sorted(zip(expected, units, strict=True), key=lambda pair: -pair[0]):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(unit)
-        loads[lightest] += cost
+        ends = [(load + cost) / speed for load, speed in zip(loads, speeds, strict=True)]
+        first = ends.index(min(ends))
+        shares[first].append(unit)
+        loads[first] += cost
     return shares
 
 
@@ -224,6 +278,8 @@ def map_items(learner: Learner, fn: Callable[[Learner, Any], Any], items: Sequen
 
 
 _CPU = torch.device("cpu")
+_NOISE = 0.15  # of the logarithm of a worker's speed
+_INSTANT = 0.02  # seconds, below which a share says nothing about its worker's speed
 _WROTE = (
     "client {} wrote into the broadcast, which all clients share; write `a + b` instead of `a.add_(b)`, or clone first"
 )

@@ -28,13 +28,14 @@ def workers(
         address: An existing cluster, or ``local`` for one of our own.
         object_store_gb: Size of a local cluster's shared memory; None for Ray's default.
         execution: How clients are computed.
-        resources: Fields of `fedray.backends.ray.backend.Resources`.
+        resources: Fields of `fedray.backends.ray.resources.Resources`.
     """
     from fedray.backends.ray.environment import prepare
 
     prepare(address)  # before anything imports ray
-    from fedray.backends.ray.backend import RayBackend, Resources
+    from fedray.backends.ray.backend import RayBackend
     from fedray.backends.ray.cluster import connected
+    from fedray.backends.ray.resources import Resources
 
     with connected(address, object_store_gb):
         backend = RayBackend(task, cohort, Resources(**resources), execution)

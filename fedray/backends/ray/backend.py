@@ -1,172 +1,46 @@
 """Clients on a Ray cluster: resident worker actors, one message to and from each of them a round."""
 
-import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from itertools import cycle
-from typing import Any, Literal
+from typing import Any
 
 import ray
-import torch
-from ray.exceptions import GetTimeoutError
 
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientUpdate, Make, Metrics, Pool
 from fedray.backends.ray.cluster import carry_users_modules
-from fedray.backends.ray.pool import Crash, hand_out, pool_of, stream
+from fedray.backends.ray.crew import Crash, Crew, free
+from fedray.backends.ray.pool import pool_of, stream
+from fedray.backends.ray.resources import Resources, hired, nodes, start_workers
 from fedray.backends.ray.tensors import travel_as_arrays
-from fedray.backends.worker import (
-    Costs,
-    Failure,
-    Job,
-    Partial,
-    Unit,
-    balance,
-    fold,
-    keep_freed_memory,
-    map_items,
-    members,
-    reduce,
-)
+from fedray.backends.ray.worker_actor import Sent, send
+from fedray.backends.worker import Costs, Failure, Job, Partial, Speeds, Unit, balance, members, reduce
 from fedray.client_states import ClientStates
 from fedray.clock import Clock
-from fedray.errors import ConfigError, FedrayError
+from fedray.errors import FedrayError
 from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
-from fedray.models import hugging_face
-
-logger = logging.getLogger(__name__)
-
-Sent = list[ray.ObjectRef]  # in a list, Ray hands over the references instead of what they stand for
 
 _INLINE = 100_000  # bytes, up to which Ray sends an argument along with the call
 _TREE = 1 << 28  # bytes of accumulators, beyond which the workers merge them pair by pair, and the driver gets one
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the workers of a run reserve; see `fedray.backends.on_ray` for each."""
-
-    num_workers: int | Literal["auto"] = "auto"
-    clients_per_worker: int | Literal["auto"] = "auto"
-    num_cpus: float = 1.0
-    num_gpus: float | Literal["auto"] = "auto"
-    placement: Literal["pack", "spread"] = "pack"
-    device: str = "auto"
-    threads: int = 1
-    on_client_error: Literal["raise", "drop"] = "raise"
-    start_timeout: float = 120.0
-
-    def resolve(self, cluster: dict[str, float], cohort: int) -> "Resources":
-        """The same with every ``auto`` replaced, for a cluster's total resources and the size of a cohort."""
-        gpus, cpus = cluster.get("GPU", 0.0), cluster.get("CPU", 0.0)
-        each = (1.0 if gpus else 0.0) if self.num_gpus == "auto" else float(self.num_gpus)
-        room = int(min(gpus / each if each else float("inf"), cpus / self.num_cpus))
-        if self.clients_per_worker != "auto":
-            count = -(-cohort // self.clients_per_worker)
-        elif self.num_workers != "auto":
-            count = self.num_workers
-        else:
-            count = min(max(room, 1), cohort)
-        if count > room:
-            raise ConfigError(
-                f"backend: {count} workers with {self.num_cpus:g} CPUs and {each:g} GPUs each do not fit into the "
-                f"cluster's {cpus:g} CPUs and {gpus:g} GPUs; lower num_workers (at most {room}), num_cpus or num_gpus"
-            )
-        return replace(self, num_workers=count, clients_per_worker="auto", num_gpus=each)
-
-
-def send(task: Task) -> Sent:
-    """Put a task, and the pre-trained models that this process holds, into shared memory: once for every node."""
-    held = hugging_face.held()
-    return [ray.put(task), *([ray.put(held)] if held else [])]
-
-
-def receive(sent: Sent) -> Task:
-    """The task; pre-trained models that it asks for are those in shared memory from now on."""
-    task, *held = ray.get(sent)
-    for models in held:
-        hugging_face.hold(models)
-    return task
-
-
-class _Worker:
-    """An actor: one learner, and no other state, so that it can die and be replaced at any time."""
-
-    def __init__(self, device: str, threads: int, execution: Execution) -> None:
-        travel_as_arrays()
-        keep_freed_memory()
-        torch.set_num_threads(threads)
-        self._device, self._execution = device, execution
-        self._learner: Learner | None = None
-        self._job: tuple[bytes, Job] | None = None
-        self._made: tuple[str, Callable[[Any], Any]] | None = None
-
-    def ready(self, task: Sent) -> dict[str, Any]:
-        node, device = ray.get_runtime_context().get_node_id(), str(self._learn(task).device)
-        return {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), "device": device}
-
-    def fold(self, task: Sent, job: bytes, broadcast: Any, share: list[Unit], *states: Any) -> tuple[Any, ...]:
-        if states:
-            held = iter(states)
-            share = [[replace(client, state=next(held)) for client in unit] for unit in share]
-        partial, accumulator, kept = fold(self._learn(task), self._loaded(job), broadcast, share)
-        kept += [None] * (len(states) - len(kept))
-        return partial, accumulator, *kept[: len(states)]
-
-    def merge(self, job: bytes, left: Any, right: Any) -> Any:
-        return self._loaded(job).aggregator.merge(left, right)
-
-    def map(self, task: Sent, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
-        return map_items(self._learn(task), fn, items)
-
-    def call(self, made: tuple[str, bytes], item: Any) -> Any:
-        if self._made is None or self._made[0] != made[0]:
-            self._made = None  # one heavy thing at a time
-            device = ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
-            self._made = made[0], ray.cloudpickle.loads(made[1])(device)
-        with torch.random.fork_rng():
-            return self._made[1](item)
-
-    def release(self) -> None:
-        self._made = None
-
-    def _loaded(self, job: bytes) -> Job:
-        if self._job is None or self._job[0] != job:  # mostly, a round has the job of the round before
-            self._job = job, ray.cloudpickle.loads(job)
-        return self._job[1]
-
-    def _learn(self, task: Sent) -> Learner:
-        # not the constructor's work: Ray would have to keep a constructor's arguments for a restart
-        if self._learner is None:
-            self._learner = Learner(receive(task), self._device, self._execution)
-        return self._learner
-
-
-def start_workers(resources: Resources, execution: Execution) -> list[Any]:
-    """Worker actors with resources that are resolved; they come up while the caller goes on."""
-    actor: Any = ray.remote(_Worker).options(
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        scheduling_strategy="SPREAD" if resources.placement == "spread" else "DEFAULT",
-        max_restarts=-1,
-    )
-    assert isinstance(resources.num_workers, int)
-    return [actor.remote(resources.device, resources.threads, execution) for _ in range(resources.num_workers)]
+_LOOK = 5.0  # seconds between two looks at whether nodes have joined
 
 
 class RayBackend:
     """Worker actors on the Ray cluster that this process is connected to.
+
+    Workers come and go: one that dies is started again, on another node if need be, and meanwhile the others do its
+    work. With ``num_workers: auto`` there are more of them as soon as nodes join.
 
     Args:
         task: What is learnt, or what `send` made of it; held in memory once a node.
         cohort: The size of a cohort, for choosing the number of workers.
         resources: What the workers reserve.
         execution: How clients are computed.
-        actors: What `start_workers` made of the same resources; None to start them.
+        actors: Those whom somebody else has `hired` already; None to hire them.
 
     Raises:
         ConfigError: the workers do not fit into the cluster.
@@ -183,31 +57,55 @@ class RayBackend:
     ) -> None:
         travel_as_arrays()
         carry_users_modules()
-        self.resources = resources = resources.resolve(ray.cluster_resources(), cohort)
+        self._asked, self._cohort, self._execution = resources, cohort, execution
         # held for as long as the workers live: one that is restarted asks for it again
         self._task = task if isinstance(task, list) else send(task)
-        self._workers = start_workers(resources, execution) if actors is None else actors
+        self._hired = ExitStack()
+        if actors is None:
+            fitting = resources.resolve(nodes(resources.labels), cohort)
+            actors = self._hired.enter_context(hired(fitting, execution))
+        self._crew = Crew(actors, self._welcome, resources.start_timeout)
+        self._next_look = time.monotonic() + _LOOK
         self._group = execution.size
-        self._drop = resources.on_client_error == "drop"
-        self._costs = Costs()
+        self._costs, self._speeds = Costs(), Speeds()
         self.client_states = ClientStates()
         self.clock = Clock()
-        self.workers = self.probe()
+        self.dropped: list[Failure] = []
+        self.probe()
+
+    def _welcome(self, worker: Any) -> ray.ObjectRef:
+        # with retries this call waits until Ray has started the worker, wherever and whenever there is room
+        return worker.ready.options(max_task_retries=-1).remote(self._task)
 
     def probe(self) -> list[dict[str, Any]]:
-        """Where each worker is (node, process, GPUs, device), once it is up."""
-        asked = self.resources
-        try:
-            return ray.get(
-                [worker.ready.options(max_task_retries=-1).remote(self._task) for worker in self._workers],
-                timeout=asked.start_timeout,
-            )
-        except GetTimeoutError:
+        """Where each worker is (node, process, GPUs, device), once it is up, or as many as are needed to begin."""
+        asked, started = self._asked, len(self._crew)
+        for worker in list(self._crew.up):
+            self._crew.expect(worker)
+        if not self._crew.gather(asked.min_workers or started):
             raise FedrayError(
-                f"{asked.num_workers} workers ({asked.num_cpus:g} CPUs, {asked.num_gpus:g} GPUs each) did not start "
-                f"within {asked.start_timeout:g} s; the cluster has {_short(ray.cluster_resources())}, of which free: "
-                f"{_short(ray.available_resources())}. Lower num_workers or what each reserves, or raise start_timeout"
-            ) from None
+                f"of {started} workers ({asked.num_cpus:g} CPUs, {asked.num_gpus} GPUs each) {len(self._crew.up)} "
+                f"started within {asked.start_timeout:g} s; {free()}. Lower num_workers or what each reserves, set "
+                "min_workers, or raise start_timeout"
+            )
+        return list(self._crew.up.values())
+
+    @property
+    def num_workers(self) -> int:
+        """How many are up."""
+        return len(self._crew.up)
+
+    def _look_for_nodes(self) -> None:
+        """With as many workers as fit, start those that have got room since."""
+        if self._asked.num_workers != "auto" or self._asked.clients_per_worker != "auto":
+            return
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK
+        fitting = self._asked.resolve(nodes(self._asked.labels), self._cohort)
+        assert isinstance(fitting.num_workers, int)
+        for worker in start_workers(fitting.num_workers - len(self._crew), fitting, self._execution):
+            self._crew.expect(worker)
 
     def map_reduce(
         self,
@@ -221,66 +119,85 @@ class RayBackend:
         received: Callable[[Client], int] | None = None,
     ) -> tuple[Any, Metrics]:
         """Run the cohort; see `fedray.algorithm.Backend`."""
-        job = Job(client_update, aggregator, keeps_state, self._drop)
-        began = time.perf_counter()
+        asked, began = self._asked, time.perf_counter()
+        limit = asked.client_timeout if metered else None  # the parts of an evaluation are no clients
+        job = Job(client_update, aggregator, keeps_state, asked.on_client_error == "drop", limit)
+        self._look_for_nodes()
         with self.clock("broadcast"):
             sent = ray.put(broadcast)  # once; Ray copies it to each node, not to each client
             told: Any = ray.cloudpickle.dumps(job)
             told = told if len(told) < _INLINE else ray.put(told)
 
-        def start(worker: Any, share: list[Unit]) -> list[ray.ObjectRef]:
+        def start(worker: Any, share: list[Unit], attempt: int) -> list[ray.ObjectRef]:
             # states are values of their own among the results, so that they outlive the worker and can go to another
             states = [self.client_states.of(client) for client in members(share)] if keeps_state else []
+            if attempt > 1:
+                ray.get(
+                    [state for state in states if state is not None]
+                )  # those that were lost with a node are nobody's fault here: it is raised as it is
             call = worker.fold.options(num_returns=2 + len(states))
             return call.remote(self._task, told, sent, share, *states)
 
-        costs = self._costs if metered else None  # the parts of an evaluation are no clients
+        def collect(refs: list[ray.ObjectRef]) -> tuple[Partial, Any, list[ray.ObjectRef]]:
+            partial = ray.get(refs[0])
+            if len(shares) > 3 and not aggregator.grows and partial.size * len(shares) > _TREE:
+                return partial, None, refs[1:]
+            with self.clock("merge"):
+                return partial, ray.get(refs[1]), refs[1:]
+
+        workers = list(self._crew)  # those who are still to come, too: until they do, the others take their shares
         cut = units(cohort, self._group if grouped else 1, self.client_states.has)
-        shares = [share for share in balance(cut, len(self._workers), costs) if share]
+        costs = self._costs if metered else None
+        shares = [share for share in balance(cut, len(workers), costs, self._speeds.of(workers)) if share]
         whole, waiting = aggregator.zero(), list[ray.ObjectRef]()
         partials: list[Partial] = []
         kept: list[tuple[Client, ray.ObjectRef]] = []
+        took: dict[Any, tuple[float, float]] = {}
         busy = 0.0
-        for share, partial, refs in hand_out(self._workers, self._revive, start, shares):
-            if isinstance(partial, Crash):
-                partials.append(_lost(share, partial))
+        for share, value, worker, _ in self._crew.hand_out(start, shares, collect, limit):
+            if isinstance(value, Crash):
+                partials.append(_lost(share, value))
                 continue
+            partial, accumulator, refs = value
             partials.append(partial)
             self.clock.add(partial.seconds)
             busy += sum(partial.seconds.values())
             if costs is not None:
+                took[worker] = sum(map(costs.of, share)), sum(partial.took)
                 for unit, seconds in zip(share, partial.took, strict=False):
-                    costs.learn(unit, seconds)
+                    costs.learn(unit, seconds * self._speeds.of([worker])[0])
             kept += [pair for pair in zip(members(share), refs[1:], strict=False) if pair[0].slot in partial.keepers]
-            if len(shares) > 3 and not aggregator.grows and partial.size * len(shares) > _TREE:
+            if accumulator is None:
                 waiting.append(refs[0])
                 continue
             with self.clock("merge"):  # as they come: whoever is first does not wait for the others
-                whole = aggregator.merge(whole, ray.get(refs[0]))
+                whole = aggregator.merge(whole, accumulator)
+        self._speeds.learn(took)
         with self.clock("merge"):
             for ref in self._merged(told, waiting):
                 whole = aggregator.merge(whole, ray.get(ref))
-            result = reduce(partials, whole, job, len(cohort))
-        self.clock.add({"idle": len(self._workers) * (time.perf_counter() - began) - busy})
+            result, metrics, failures = reduce(partials, whole, job, len(cohort))
+        self.dropped += failures
+        self.clock.add({"idle": len(workers) * (time.perf_counter() - began) - busy})
         self.client_states.stage(kept)
-        return result
+        return result, metrics
 
     def _merged(self, job: Any, parts: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
         """The parts merged by the workers, pair by pair, to one at most."""
         while len(parts) > 1:
             pairs = zip(parts[::2], parts[1::2], strict=False)
-            merged = [w.merge.remote(job, *pair) for w, pair in zip(cycle(self._workers), pairs, strict=False)]
+            merged = [w.merge.remote(job, *pair) for w, pair in zip(cycle(self._crew.up), pairs, strict=False)]
             parts = merged + parts[len(parts) - len(parts) % 2 :]
         return parts
 
     def map(self, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
         """``[fn(learner, item) for item in items]``, each item wherever a worker is free."""
 
-        def start(worker: Any, share: list[int]) -> list[ray.ObjectRef]:
+        def start(worker: Any, share: list[int], _attempt: int) -> list[ray.ObjectRef]:
             return [worker.map.remote(self._task, fn, [items[i] for i in share])]
 
         results: dict[int, Any] = {}
-        for [i], value, _ in hand_out(self._workers, self._revive, start, [[i] for i in range(len(items))]):
+        for [i], value, *_ in self._crew.hand_out(start, [[i] for i in range(len(items))]):
             if isinstance(value, Crash):
                 raise FedrayError(f"item {i} of a map {value}")
             [results[i]] = value
@@ -289,10 +206,10 @@ class RayBackend:
     def stream(self, make: Make, items: Sequence[Any], pool: Pool | None = None) -> Iterator[tuple[int, Any]]:
         """Items to whoever is free, results as they come; see `fedray.algorithm.Backend`."""
         if pool is not None:
-            with pool_of(pool, self.resources) as actors:
-                yield from stream(actors, make, items)
+            with pool_of(pool, self._asked) as crew:
+                yield from stream(crew, make, items)
         else:
-            yield from stream(self._workers, make, items)
+            yield from stream(self._crew, make, items)
 
     def fetch(self, handle: Any) -> Any:
         """A client state, from its handle."""
@@ -304,17 +221,8 @@ class RayBackend:
 
     def close(self) -> None:
         """End the workers."""
-        for worker in self._workers:
-            ray.kill(worker)
-
-    def _revive(self, worker: Any) -> ray.ObjectRef:
-        # with retries this call waits until Ray has restarted the worker
-        return worker.ready.options(max_task_retries=-1).remote(self._task)
+        self._hired.close()
 
 
 def _lost(share: list[Unit], crash: Crash) -> Partial:
     return Partial(None, tuple(Failure(client.id, client.round, f"it {crash}") for client in members(share)))
-
-
-def _short(resources: dict[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))

@@ -1,6 +1,7 @@
 """The driver actor: it owns the server state and runs the training loop, wherever the submitting process is."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,23 +10,29 @@ from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.backends import Stop
-from fedray.backends.ray.backend import RayBackend, Resources, Sent, receive, send, start_workers
+from fedray.backends.ray.backend import RayBackend
 from fedray.backends.ray.cluster import carry_users_modules, connected
+from fedray.backends.ray.crew import ATTEMPTS, first_line
+from fedray.backends.ray.resources import Resources, hired, nodes
 from fedray.backends.ray.tensors import travel_as_arrays
+from fedray.backends.ray.worker_actor import Sent, receive, send
+from fedray.checkpoint import newest_round
 from fedray.errors import FedrayError
 from fedray.experiment import Experiment
 from fedray.learner import Task
+from fedray.report.read import read_metrics
 from fedray.training import Record, train
 
 logger = logging.getLogger(__name__)
 
 
 class _Driver:
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, folder: str) -> None:
+        os.chdir(folder)  # so that relative paths mean what they mean to the command
         travel_as_arrays()
         torch.set_num_threads(threads)
         self._stop = threading.Event()
@@ -35,7 +42,6 @@ class _Driver:
     ) -> Iterator[Record]:
         experiment = replace(experiment, task=receive(task))
         backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers)
-        logger.info("%d workers: %s", len(backend.workers), backend.workers)
         yield from train(experiment, Path(folder), backend, self._stop.is_set)
 
     def stop(self) -> None:
@@ -50,41 +56,72 @@ def drive(
     address: str,
     object_store_gb: float | None,
 ) -> Iterator[Record]:
-    """Run an experiment in a driver actor, and yield its records as they come."""
+    """Run an experiment in a driver actor, and yield its records as they come.
+
+    What the driver loses with its process, or with a node that held the states of clients, it goes on without: from
+    the newest checkpoint.
+    """
     with connected(address, object_store_gb):
         travel_as_arrays()
         carry_users_modules()
-        resources = resources.resolve(ray.cluster_resources(), experiment.cohort)
+        fitting = resources.resolve(nodes(resources.labels), experiment.cohort)
         logger.info(
-            "Ray: %s workers with %g CPUs and %g GPUs each",
-            resources.num_workers,
-            resources.num_cpus,
-            resources.num_gpus,
+            "Ray: %s workers with %g CPUs and %g GPUs each", fitting.num_workers, fitting.num_cpus, fitting.num_gpus
         )
         task = send(experiment.task)
-        workers = start_workers(resources, experiment.execution)  # here, so that they come up beside the driver
-        experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets go of it
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
-        driver = actor.remote(resources.threads)
-        records = driver.run.options(num_returns="streaming").remote(experiment, task, str(folder), resources, workers)
-        told = False
-        try:
+        with hired(fitting, experiment.execution) as workers:  # here, so that they come up beside the driver
+            experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets it go
+            seen, began, attempt = -1, newest_round(folder), 1
             while True:
-                ready, _ = ray.wait([records], timeout=0.2, fetch_local=False)
-                if stop() and not told:
-                    driver.stop.remote()
-                    told = True
-                if ready:
-                    yield ray.get(next(records))
-        except StopIteration:
-            return
-        except RayTaskError as error:
-            raise _cause(error) from None
-        except RayActorError as error:
-            raise FedrayError(f"the driver actor died: {' '.join(str(error).split())}") from None
+                here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+                actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
+                driver = actor.remote(resources.threads, str(Path.cwd()))
+                run = driver.run.options(num_returns="streaming")
+                try:
+                    for record in _follow(run.remote(experiment, task, str(folder), resources, workers), driver, stop):
+                        for earlier in read_metrics(folder / "metrics.jsonl"):  # that a driver kept, and died
+                            if seen < earlier["round"] < record["round"]:
+                                yield earlier
+                        if record["round"] > seen:
+                            seen = record["round"]
+                            yield record
+                    return
+                except (RayActorError, RayTaskError, ObjectLostError) as error:
+                    lost = _lost(error)
+                    if lost is None:
+                        raise _cause(error) from None
+                    reached = newest_round(folder)
+                    attempt, began = (1 if reached > began else attempt + 1), reached
+                    if attempt > ATTEMPTS:
+                        raise FedrayError(f"{lost} {ATTEMPTS} times after round {began}: {first_line(error)}") from None
+                    logger.warning("%s; going on from the checkpoint of round %d", lost, reached)
+                    ray.kill(driver)  # it may be alive yet, beyond our reach
 
 
-def _cause(error: RayTaskError) -> BaseException:
+def _follow(records: Any, driver: Any, stop: Stop) -> Iterator[Record]:
+    told = False
+    while True:
+        ready, _ = ray.wait([records], timeout=0.2, fetch_local=False)
+        if stop() and not told:
+            driver.stop.remote()
+            told = True
+        if ready:
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            yield ray.get(record)
+
+
+def _lost(error: Exception) -> str | None:
+    """What was lost that a checkpoint brings back; None if the error is another one."""
+    if isinstance(error, RayActorError):
+        return "the driver actor died"
+    if isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError):
+        return "a node was lost, and with it what clients keep"
+    return None
+
+
+def _cause(error: Exception) -> BaseException:
     cause: Any = getattr(error, "cause", None)
     return cause if isinstance(cause, FedrayError) else FedrayError(str(error))
