@@ -25,6 +25,8 @@ class Client:
         slot: Its place in the cohort; results that are collected come back in this order.
         cost: Expected work, usually the number of examples; balances the workers.
         state: What it kept from the last round in which it took part, or None. Read only.
+        staleness: How many rounds have ended since it was sent its model; more than 0 in asynchronous schedules only.
+        horizon: How many rounds before the end of this one the oldest model is from which anybody still trains.
     """
 
     id: int
@@ -33,6 +35,8 @@ class Client:
     slot: int = 0
     cost: float = 1.0
     state: Tree | None = None
+    staleness: int = 0
+    horizon: int = 0
 
 
 EVERYONE = -1  # the id of the client that holds all training data: centralised baselines
@@ -125,8 +129,9 @@ class FederatedAlgorithm:
     """A pair of functions: ``init(params)`` and ``apply(state, cohort, backend)``.
 
     The server state is any frozen dataclass with a ``params`` field. It is the only thing passed from round to
-    round, so it is the whole checkpoint of the server.
+    round, so it is the whole checkpoint of the server. An ``asynchronous`` algorithm minds its clients' staleness.
     """
 
     init: Callable[[Params], Any]
     apply: Callable[[Any, Sequence[Client], Backend], tuple[Any, Metrics]]
+    asynchronous: bool = False

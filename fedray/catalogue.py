@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "client_prompts": ("fedray.synthesis:CLIENT_PROMPTS", "fedray.synthesis.captions:ClientPrompts"),
     "captioners": ("fedray.synthesis:CAPTIONERS", "fedray.synthesis.captions:Captioner"),
     "samplers": ("fedray.samplers:SAMPLERS", "fedray.rounds:Sampler"),
+    "schedules": ("fedray.schedules:SCHEDULES", "fedray.schedules:Schedule"),
+    "devices": ("fedray.devices:DEVICES", "fedray.devices:DevicesBuilder"),
     "backends": ("fedray.backends:BACKENDS", "fedray.backends:Launcher"),
     "trackers": ("fedray.trackers:TRACKERS", "fedray.trackers:TrackerFactory"),
 }

@@ -10,9 +10,12 @@ from fedray.backends import Launcher
 from fedray.errors import ConfigError, DataError
 from fedray.execution import ONE_BY_ONE, Execution
 from fedray.learner import Learner, Task
-from fedray.rounds import Sampler, draw
+from fedray.ledger import payload_bytes
+from fedray.rounds import Sampler, Select, draw
 from fedray.samplers import Population, uniform
+from fedray.schedules import Scene, Schedule
 from fedray.trackers import TrackerFactory
+from fedray.trees import Params
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Experiment:
     execution: Execution = ONE_BY_ONE
     profile: bool = False
     diversity: bool = False
+    schedule: Schedule | None = None
+
+    def select(self, params: Params) -> Select | None:
+        """The schedule of a run that trains these params; None without one."""
+        if self.schedule is None:
+            return None
+        payload, asynchronous = payload_bytes(params), self.algorithm.asynchronous
+        return self.schedule(Scene(self.population, self.cohort, self.sampler, self.seed, payload, asynchronous))
 
     @property
     def population(self) -> Population:
@@ -55,6 +66,7 @@ def experiment(
     cohort: int,
     backend: Launcher = backends.on_ray(),
     sampler: Sampler = uniform,
+    schedule: Schedule | None = None,
     seed: int = 0,
     evaluate_every: int = 1,
     checkpoint_every: int = 5,
@@ -73,6 +85,7 @@ def experiment(
         cohort: Clients sampled a round.
         backend: Where the clients run.
         sampler: How a cohort is drawn.
+        schedule: What happens when, in virtual time; null for rounds without time.
         seed: The seed of everything random.
         evaluate_every: Rounds between evaluations on the test set; 0 for only at the end.
         checkpoint_every: Rounds between checkpoints; 0 for only at the end.
@@ -104,9 +117,12 @@ def experiment(
         _resolved(execution, learner, cohort),
         profile,
         diversity,
+        schedule,
     )
     draw(made.population, cohort, sampler, seed, 1)  # and so does a sampler that cannot draw,
-    algorithm.init(learner.params())  # and an algorithm that cannot train such a model
+    state = algorithm.init(learner.params())  # and an algorithm that cannot train such a model
+    if (select := made.select(state.params)) is not None:
+        select(1)
     return Plan(made, backend, trackers or ())
 
 

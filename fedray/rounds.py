@@ -13,6 +13,7 @@ from fedray.samplers import Population, Selection, uniform
 from fedray.seeds import seed_for
 
 Sampler = Callable[[Population, int, np.random.Generator, int], Selection]
+Select = Callable[[int], Selection]  # the cohort of a round; rounds are asked for in their order
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,19 @@ def draw(population: Population, cohort: int, sampler: Sampler, seed: int, round
 
 
 def clients(selection: Selection, population: Population, seed: int, round: int) -> list[Client]:
-    """The members of a cohort, each with its own seed."""
+    """The members of a cohort, each with its own seed: of the round in which it started."""
+    staleness = selection.staleness or (0,) * len(selection.clients)
     return [
-        Client(id, seed_for(seed, "client", round, id), round, slot, float(population.sizes[id]))
-        for slot, id in enumerate(selection.clients)
+        Client(
+            id,
+            seed_for(seed, "client", round - late, id),
+            round,
+            slot,
+            float(population.sizes[id]),
+            staleness=late,
+            horizon=selection.horizon,
+        )
+        for slot, (id, late) in enumerate(zip(selection.clients, staleness, strict=True))
     ]
 
 
@@ -51,8 +61,11 @@ def rounds(
     sampler: Sampler = uniform,
     seed: int = 0,
     start: int = 0,
+    select: Select | None = None,
 ) -> Iterator[Round]:
     """Train without end, one round at a time; ``state`` is what was reached after round ``start``.
+
+    ``select`` says who takes part; without it, ``sampler`` does.
 
     From the start, clients keep nothing from an earlier training on the same backend.
     """
@@ -60,7 +73,7 @@ def rounds(
         backend.client_states.clear()
 
     def drawn(round: int) -> tuple[Selection, list[Client]]:
-        selection = draw(population, cohort, sampler, seed, round)
+        selection = select(round) if select else draw(population, cohort, sampler, seed, round)
         return selection, clients(selection, population, seed, round)
 
     with ThreadPoolExecutor(1, "cohort") as aside:  # a cohort is drawn while the one before it trains

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,10 +36,20 @@ class Selection:
     Attributes:
         clients: positions of those who take part, in order.
         dropped: those who were sent the model and return nothing that is used.
+        staleness: of each who takes part, how many rounds have ended since it started; empty for none.
+        horizon: how many rounds before this one's end the oldest model is from which anybody still trains.
+        finished: virtual seconds at the end of the round; None without a schedule.
+        told: further numbers for the round's metrics.
+        traffic: bytes up and down for each client that the virtual time counts with.
     """
 
     clients: tuple[int, ...]
     dropped: tuple[int, ...] = ()
+    staleness: tuple[int, ...] = ()
+    horizon: int = 0
+    finished: float | None = None
+    told: dict[str, int] = field(default_factory=dict)
+    traffic: tuple[int, int] | None = None
 
 
 def uniform(

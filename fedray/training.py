@@ -1,6 +1,7 @@
 """The training loop with everything that a run folder holds; the same wherever it runs."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from fedray.experiment import Experiment
 from fedray.learner import Learner, Task
 from fedray.ledger import Ledger, MeteredBackend
 from fedray.rounds import rounds
+from fedray.samplers import Selection
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -72,6 +76,7 @@ def train(
         experiment.sampler,
         experiment.seed,
         start=done,
+        select=experiment.select(state.params),
     )
     saved = done if found is not None else None
     between: dict[str, float] = {}  # seconds since the last line that are in no line yet
@@ -94,6 +99,7 @@ def train(
                 tested = test(done)
                 phases["evaluate"] = time.perf_counter() - start
             record = {"round": done, **tested, **finished.metrics, "clients_sampled": sampled, "clients_failed": failed}
+            record |= _in_virtual_time(finished.selection, ledger)
             seconds = time.perf_counter() - began + sum(between.values())
             record |= {**ledger.entry(), "seconds": seconds, "phases": phases, **profile()}
             if lost := backend.dropped:
@@ -112,6 +118,25 @@ def train(
             writer.start(save, done, state, dict(backend.client_states.committed), ledger.entry())
     if done == experiment.rounds:
         checkpoint.write_params(folder / "model.safetensors", state.params)
+
+
+def _in_virtual_time(selection: Selection, ledger: Ledger) -> Record:
+    """What a schedule has to say about a round."""
+    if selection.finished is None:
+        return {}
+    assert selection.traffic is not None
+    everybody = len(selection.clients) + len(selection.dropped)
+    for way, counted, sent, clients in (
+        ("up", selection.traffic[0], ledger.up, len(selection.clients)),
+        ("down", selection.traffic[1], ledger.down, everybody),
+    ):
+        if abs(sent - counted * clients) > 0.01 * sent:
+            logger.warning(
+                "the schedule's time is that of %d bytes %s for each client; they move %d: set schedule.bytes_%s=%d",
+                *(counted, way, sent / clients, way, sent / clients),
+            )
+    stale = {"staleness": sum(selection.staleness) / len(selection.staleness)} if selection.staleness else {}
+    return {"virtual_seconds": selection.finished, **selection.told, **stale}
 
 
 class _Aside:

@@ -278,7 +278,7 @@ def test_the_label_of_a_group_is_what_its_names_share(names, label, tmp_path):
 def test_what_a_target_cost(tmp_path):
     fast, slow = make_run(tmp_path / "fast", speed=0.09), make_run(tmp_path / "slow", speed=0.05, cohort=2)
     runs = [read_run(fast), read_run(slow)]
-    assert reach(runs[0], 0.27) == (3.0, 6.0, 1.5)
+    assert reach(runs[0], 0.27) == (3.0, 6.0, 1.5, 0.0)
     assert reach(runs[1], 0.51) is None
     assert target_rows(group_by_seed(runs), [0.45, 0.9]) == [
         ["test accuracy", "≥ 0.45", "≥ 0.9"],

@@ -6,6 +6,7 @@ from fedray.algorithm import FederatedAlgorithm
 from fedray.algorithms.baselines import centralized, local_only
 from fedray.algorithms.dp_fedavg import dp_fedavg
 from fedray.algorithms.fedavg import fedavg
+from fedray.algorithms.fedbuff import fedbuff
 from fedray.algorithms.feddyn import feddyn
 from fedray.algorithms.fedlora import fedlora
 from fedray.algorithms.fednova import fednova
@@ -28,6 +29,7 @@ ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
     "fednova": fednova,
     "feddyn": feddyn,
     "moon": moon,
+    "fedbuff": fedbuff,
     "dp_fedavg": dp_fedavg,
     "fedlora": fedlora,
     "gpt_fl": gpt_fl,

@@ -11,7 +11,7 @@ import numpy as np
 from fedray.report.read import RunRecord, flat, scalars, short_names
 
 Rows = list[list[str]]  # a table: the header, then a line for each row
-AXES = ("rounds", "megabytes", "seconds")  # what a curve can be drawn against
+AXES = ("rounds", "megabytes", "seconds", "virtual")  # what a curve can be drawn against
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,13 @@ def curve(group: Group, key: str) -> Curve:
     return Curve(x, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
 
 
-def reach(run: RunRecord, target: float) -> tuple[float, float, float] | None:
-    """Round, megabytes and seconds at the first test accuracy of at least ``target``; None if it never came."""
+def reach(run: RunRecord, target: float) -> tuple[float, ...] | None:
+    """Where on each of ``AXES`` the test accuracy was first ``target`` or more; None if it never was."""
     line = _curve(run, "test_accuracy")
     reached = np.flatnonzero(line.y >= target - 1e-9)  # 0.09 · 5 has reached 0.45
     if not reached.size:
         return None
-    rounds, megabytes, seconds = (float(line.x[axis][reached[0]]) for axis in AXES)
-    return rounds, megabytes, seconds
+    return tuple(float(line.x[axis][reached[0]]) for axis in AXES)
 
 
 def default_targets(runs: Sequence[RunRecord]) -> list[float]:
@@ -122,6 +121,7 @@ SUMMARY: tuple[tuple[str, int | None, Callable[[RunRecord], float | None]], ...]
     ("MB up", None, lambda run: _megabytes(run, "bytes_up_total")),
     ("MB down", None, lambda run: _megabytes(run, "bytes_down_total")),
     ("seconds", None, total_seconds),
+    ("virtual s", None, lambda run: final_number(run, "virtual_seconds")),
 )
 
 
@@ -147,9 +147,10 @@ def target_rows(groups: Sequence[Group], targets: Sequence[float]) -> Rows:
             if not reached:
                 cells.append("not reached")
                 continue
-            rounds, megabytes, seconds = np.mean(reached, axis=0)
+            rounds, megabytes, seconds, virtual = np.mean(reached, axis=0)
+            time = f"{quantity(virtual)} virtual s" if virtual else f"{quantity(seconds)} s"
             part = f" ({len(reached)} of {len(group.runs)} seeds)" if len(reached) < len(group.runs) else ""
-            cells.append(f"{rounds:.3g} rounds, {quantity(megabytes)} MB, {quantity(seconds)} s{part}")
+            cells.append(f"{rounds:.3g} rounds, {quantity(megabytes)} MB, {time}{part}")
         rows.append([group.label, *cells])
     return rows
 
@@ -230,6 +231,7 @@ def _curve(run: RunRecord, key: str) -> Curve:
         "rounds": column("round"),
         "megabytes": (column("bytes_up_total") + column("bytes_down_total")) / 1e6,
         "seconds": np.cumsum(np.nan_to_num(column("seconds"))),
+        "virtual": column("virtual_seconds"),
     }
     has = np.array([key in record for record in numbers], dtype=bool)
     return Curve({axis: x[axis][has] for axis in AXES}, column(key)[has])

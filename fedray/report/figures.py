@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 # Okabe & Ito, "Color Universal Design" (2008), without black and yellow, which vanish on a dark or a light page.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c")
 DASHES = ((0.0, ()), (0.0, (5.0, 2.0)), (0.0, (1.5, 1.5)), (0.0, (6.0, 2.0, 1.5, 2.0)))  # when the colours run out
-AXIS_TITLES = {"rounds": "round", "megabytes": "megabytes sent, up and down", "seconds": "seconds"}
+AXIS_TITLES = {
+    "rounds": "round",
+    "megabytes": "megabytes sent, up and down",
+    "seconds": "seconds",
+    "virtual": "virtual seconds",
+}
 
 _INK, _GRID = "#010203", "#040506"  # stand-ins that become the page's own colours in the SVG
 _MAX_POINTS = 2400  # of all lines in one plot together
