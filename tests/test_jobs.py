@@ -215,6 +215,14 @@ def test_a_stopped_job_writes_a_checkpoint_from_which_another_goes_on(cluster):
     assert (there / "model.safetensors").is_file()
 
 
+def test_a_job_that_finds_no_node_for_its_driver_says_that_it_waits(cluster):
+    job = submit(cluster, "run.yaml", "--label", "ray.io/node-group=nowhere", "--out", cluster.folder / "never")
+    assert cluster.fedray("jobs", "status", job.id).stdout.startswith("PENDING: Job has not started yet. It may be")
+    stopped = cluster.fedray("jobs", "stop", job.id)
+    assert stopped.returncode == 1
+    assert f"fedray: job {job.id} is still PENDING (Job has not started yet." in stopped.stderr
+
+
 def test_a_job_that_fails_ends_the_command_that_follows_it_with_exit_1(cluster):
     done = cluster.fedray("submit", "run.yaml", "--out", "file:///proc/nowhere", "--follow")
     assert done.returncode == 1

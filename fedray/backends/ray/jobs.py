@@ -20,13 +20,15 @@ from fedray.errors import ConfigError, FedrayError
 if TYPE_CHECKING:
     from fedray.submit import Job
 
-for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-    logging.getLogger(chatty).setLevel(logging.WARNING)  # each package, each connection
+_MODULES = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging")
+for _module in _MODULES:
+    logging.getLogger(f"ray.{_module}").setLevel(logging.ERROR)  # they tell of each package and each connection
 
 Tell = Callable[[str], None]
 
 ANSWER = 20.0  # seconds for a cluster to answer
 STOPPED = 60.0  # seconds for a job to end once it is told to; Ray kills what does not end by itself
+PENDING = 10.0  # seconds for one that has not begun
 _ASKED = 0.5  # seconds between questions about a job
 
 
@@ -142,10 +144,10 @@ class Jobs:
         return self._end(id)
 
     def _end(self, id: str) -> Listed:
-        deadline = time.monotonic() + STOPPED
+        began = time.monotonic()
         while not (job := self.find(id)).ended:
-            if time.monotonic() > deadline:
-                raise FedrayError(f"job {id} is still {job.status}; ask again with: fedray jobs status {id}")
+            if time.monotonic() > began + (PENDING if job.status == JobStatus.PENDING else STOPPED):
+                raise FedrayError(f"job {id} is still {job.status} ({job.message}); ask with: fedray jobs status {id}")
             time.sleep(_ASKED)
         return job
 
@@ -181,8 +183,13 @@ def _address(given: str | None) -> Iterator[str]:
     elif "://" not in address or address.startswith("ray://"):
         from ray.dashboard.utils import get_address_for_submission_client
 
-        with _explained(address):
+        try:
             address = get_address_for_submission_client(address)
+        except Exception as error:  # of many kinds
+            raise ConfigError(
+                f"RAY_ADDRESS is {address}, and no cluster answers there ({_short(error)}); set {name} to the address "
+                "of its dashboard, such as http://head:8265"
+            ) from None
     os.environ[name] = address.rstrip("/")
     try:
         yield os.environ[name]
