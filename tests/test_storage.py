@@ -32,8 +32,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No pauses between attempts, no page, and nothing left in memory."""
+def quickly(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No pauses between attempts, no page, nothing left in memory, and scratch folders where the test's are."""
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path_factory.mktemp("scratch")))
     monkeypatch.setattr(storage.time, "sleep", lambda _: None)
     with without_page():
         yield
@@ -187,7 +188,11 @@ def test_the_newest_checkpoint_that_is_there_as_a_whole_is_gone_on_from(uri, loc
 
 def command(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "fedray", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "fedray", *arguments],
+        env={**os.environ, "TMPDIR": str(storage.tempfile.gettempdir())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
