@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedray.commands import add_commands, local, place
 from fedray.errors import ConfigError, DataError, FedrayError
 
 DONE, FAILED, USERS_MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -51,11 +52,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     run.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="options on top of the file, such as rounds=50"
     )
-    run.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<name>-<time>)")
+    run.add_argument("--out", type=place, metavar="DIR", help="the run folder, or a URI (default: runs/<name>-<time>)")
     run.set_defaults(command=_run)
 
     resume = commands.add_parser("resume", help="go on with an interrupted run, or with more rounds")
-    resume.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    resume.add_argument("run", type=place, metavar="RUN", help="the run folder, or its URI")
     resume.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="rounds=..., backend....=..., trackers=..."
     )
@@ -64,12 +65,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     sweep = commands.add_parser("sweep", help="run a grid of trials, many at once, and compare them")
     sweep.add_argument("config", help="a YAML file, or a shipped experiment's name")
     sweep.add_argument("axes", nargs="+", metavar="key=v1,v2", help="values of an option; seed=0..4 for a range")
-    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="the sweep's folder; it goes on if there")
+    sweep.add_argument(
+        "--out", type=local, required=True, metavar="DIR", help="the sweep's folder; it goes on if there"
+    )
     sweep.add_argument("--zip", action="store_true", help="values in step, instead of all combinations")
     sweep.add_argument("--random", type=int, metavar="N", help="so many trials of the grid, drawn at random")
     sweep.add_argument("--retries", type=int, default=1, help="how often a failed trial is tried again (default: 1)")
     sweep.add_argument("--metric", default="test_accuracy", help="what the table shows (default: test_accuracy)")
     sweep.set_defaults(command=_sweep)
+
+    add_commands(commands)
 
     calibrate = commands.add_parser("calibrate", help="find the fastest way to compute clients on this machine")
     calibrate.add_argument("config", help="a YAML file, or a shipped experiment's name")
@@ -77,7 +82,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     calibrate.set_defaults(command=_calibrate)
 
     report = commands.add_parser("report", help="compare runs, and write a page about them")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report.add_argument("runs", type=place, nargs="+", metavar="RUN", help="run folders, or their URIs")
     report.add_argument("--out", type=Path, metavar="PAGE", help="the page (default: report.html)")
     report.add_argument("--target", type=float, action="append", help="accuracy for rounds-to-target; may be repeated")
     report.set_defaults(command=_report)
@@ -85,17 +90,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     generate = commands.add_parser("generate", help="generate synthetic data, and draw a sheet of samples")
     generate.add_argument("config", help="a YAML file, or a shipped experiment's name")
     generate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options on top of the file")
-    generate.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; made if it is not there")
+    generate.add_argument("--out", type=local, required=True, metavar="DIR", help="where to; made if it is not there")
     generate.set_defaults(command=_generate)
 
     export = commands.add_parser("export", help="save a run's LoRA or IA3 in peft's own format, or its mask")
-    export.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    export.add_argument("run", type=local, metavar="RUN", help="the run folder")
     export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if it is not there")
     export.set_defaults(command=_export)
 
     attack = commands.add_parser("attack", help="what a run gives away: members, copies, prompts")
     attack.add_argument("kind", choices=["lira", "neighbours", "prompts"])
-    attack.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    attack.add_argument("run", type=local, metavar="RUN", help="the run folder")
     attack.add_argument("--samples", type=Path, metavar="DIR", help="neighbours: what `fedray generate` wrote")
     attack.add_argument("--shadows", type=int, default=16, help="lira: shadow models (default: 16)")
     attack.add_argument("--examples", type=int, default=2000, help="lira: examples that are judged (default: 2000)")
@@ -156,24 +161,27 @@ def _calibrate(options: argparse.Namespace) -> None:
         print("proposed:", " ".join(["fedray", "run", options.config, *options.overrides, found.proposal.settings]))
 
 
-def _finish(folder: Path) -> None:
-    from fedray.report import read_run
+def _finish(folder: str | Path) -> None:
+    from fedray.storage import read
 
-    final = read_run(folder).final
+    final = read(folder).final
     shown = {"test_accuracy": "accuracy", "test_loss": "loss", "macro_f1": "macro-F1", "perplexity": "perplexity"}
     figures = "  ".join(f"{label} {final[key]:.4f}" for key, label in shown.items() if key in final)
-    print(f"{figures}\nreport: {folder / 'report.html'}")
+    print(f"{figures}\nreport: {folder}/report.html")
 
 
 def _report(options: argparse.Namespace) -> None:
     from fedray.report import comparison, read_run, write_report
+    from fedray.storage import copies
 
-    out = options.out or (options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html"))
-    print(comparison([read_run(run) for run in options.runs], options.target))
-    try:
-        print(f"report: {write_report(options.runs, out, options.target)}")
-    except OSError as error:
-        raise DataError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+    [first, *others] = options.runs
+    out = options.out or (first / "report.html" if not others and isinstance(first, Path) else Path("report.html"))
+    with copies(options.runs) as folders:
+        print(comparison([read_run(folder) for folder in folders], options.target))
+        try:
+            print(f"report: {write_report(folders, out, options.target)}")
+        except OSError as error:
+            raise DataError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -134,13 +134,18 @@ class Configured:
         return _call(self.function, objects, options, self.where, self.result)
 
 
-def build(annotation: Any, value: Any, where: str) -> Any:
+# kinds that are made without reading anything
+_LIGHT = ("algorithms", "aggregators", "privacy", "server_optimizers", "methods", "averagings", "backends")
+
+
+def build(annotation: Any, value: Any, where: str, dry: bool = False) -> Any:
     """Build the component that ``value`` names, with its options checked.
 
     Args:
         annotation: The type of parameter that it is for, one of those in `fedray.catalogue.KINDS`.
         value: A mapping with a ``name`` and options, or a name alone.
         where: Where it stands in the configuration, for messages.
+        dry: Do not make what reads data or models, which may be elsewhere: a `Configured` stands for it.
 
     Returns:
         The component, or a `Configured` function if the program still has something to supply.
@@ -157,7 +162,9 @@ def build(annotation: Any, value: Any, where: str) -> Any:
     if "name" not in options:
         raise ConfigError(f"{where} has no name; {_known(registry)}")
     function = named(registry, options["name"], where)
-    arguments = check(function, {key: v for key, v in options.items() if key != "name"}, where, options["name"])
+    arguments = check(function, {key: v for key, v in options.items() if key != "name"}, where, options["name"], dry)
+    if dry and (kind not in _LIGHT or "path" in options or _stands_for_something(arguments.values())):
+        return Configured(function, arguments, where, annotation)
     if get_origin(annotation) is Callable:
         return Configured(function, arguments, where, get_args(annotation)[-1])
     asks = any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters(function))
@@ -171,8 +178,14 @@ def fill(component: Any, *objects: Any) -> Any:
     return component(*objects) if isinstance(component, Configured) else component
 
 
-def check(function: Callable[..., Any], options: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
-    """The keyword arguments for ``function`` that ``options`` stand for."""
+def _stands_for_something(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, Configured) for value in values)
+
+
+def check(
+    function: Callable[..., Any], options: Mapping[str, Any], where: str, name: str, dry: bool = False
+) -> dict[str, Any]:
+    """The keyword arguments for ``function`` that ``options`` stand for; see `build` for ``dry``."""
     known = options_of(function)
     label, prefix = (f"{where} ({name})", f"{where}.") if where else (name, "")
     for key in options:
@@ -186,21 +199,21 @@ def check(function: Callable[..., Any], options: Mapping[str, Any], where: str, 
     groups: dict[str, dict[str, Any]] = {option.group: {} for option in known.values() if option.group}
     for key, value in options.items():
         group = known[key].group
-        converted = convert(value, known[key].annotation, f"{prefix}{key}")
+        converted = convert(value, known[key].annotation, f"{prefix}{key}", dry)
         (groups[group] if group else arguments)[key] = converted
     for parameter in parameters(function):
-        if parameter.name in groups:
+        if parameter.name in groups and not (dry and _stands_for_something(groups[parameter.name].values())):
             arguments[parameter.name] = _call(parameter.annotation, (), groups[parameter.name], where)
     return arguments
 
 
-def convert(value: Any, annotation: Any, where: str) -> Any:
+def convert(value: Any, annotation: Any, where: str, dry: bool = False) -> Any:
     """``value`` as the annotated type, which is checked; components are built."""
     if catalogue.kind_of(annotation) is not None:
-        return build(annotation, value, where)
+        return build(annotation, value, where, dry)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _convert_to_one_of(value, arguments, where)
+        return _convert_to_one_of(value, arguments, where, dry)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} is {_shown(value)}; {nearest(str(value), map(str, arguments))}")
@@ -208,7 +221,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     if origin is list:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} is {_shown(value)}; it must be a list, such as [{value}]")
-        return [convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
+        return [convert(item, arguments[0], f"{where}[{i}]", dry) for i, item in enumerate(value)]
     if annotation is float and type(value) is int:
         value = float(value) if abs(value) < sys.float_info.max else math.inf
     wrong = annotation in _TYPES and type(value) is not annotation
@@ -217,15 +230,15 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     return value
 
 
-def _convert_to_one_of(value: Any, annotations: Sequence[Any], where: str) -> Any:
+def _convert_to_one_of(value: Any, annotations: Sequence[Any], where: str, dry: bool) -> Any:
     if value is None and type(None) in annotations:
         return None
     kinds = [annotation for annotation in annotations if annotation is not type(None)]
     if len(kinds) == 1:
-        return convert(value, kinds[0], where)
+        return convert(value, kinds[0], where, dry)
     for kind in kinds:
         try:
-            return convert(value, kind, where)
+            return convert(value, kind, where, dry)
         except ConfigError:
             continue
     allowed = " or ".join(_TYPES.get(annotation) or type_name(annotation) for annotation in annotations)

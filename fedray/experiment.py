@@ -17,6 +17,8 @@ from fedray.schedules import Scene, Schedule
 from fedray.trackers import TrackerFactory
 from fedray.trees import Params
 
+_LEAST = {"rounds": 1, "cohort": 1, "seed": 0, "evaluate_every": 0, "checkpoint_every": 0, "keep_checkpoints": 1}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -95,11 +97,8 @@ def experiment(
         diversity: Measure the gradient diversity of each round's updates.
         trackers: Where metrics are sent besides the run folder.
     """
-    counts = {"rounds": (rounds, 1), "cohort": (cohort, 1), "seed": (seed, 0), "evaluate_every": (evaluate_every, 0)}
-    counts |= {"checkpoint_every": (checkpoint_every, 0), "keep_checkpoints": (keep_checkpoints, 1)}
-    for name, (value, least) in counts.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be >= {least}")
+    counts = {"rounds": rounds, "cohort": cohort, "seed": seed, "evaluate_every": evaluate_every}
+    _check_counts({**counts, "checkpoint_every": checkpoint_every, "keep_checkpoints": keep_checkpoints})
     task = config.fill(task, seed)
     num_clients = len(task.sizes)
     algorithm = config.fill(algorithm, num_clients)
@@ -124,6 +123,12 @@ def experiment(
     if (select := made.select(state.params)) is not None:
         select(1)
     return Plan(made, backend, trackers or ())
+
+
+def _check_counts(counts: Mapping[str, Any]) -> None:
+    for name, least in _LEAST.items():
+        if name in counts and counts[name] < least:
+            raise ValueError(f"{name} is {counts[name]}; it must be >= {least}")
 
 
 def _resolved(execution: Execution, learner: Learner, cohort: int) -> Execution:
@@ -154,5 +159,18 @@ def plan(values: Mapping[str, Any]) -> Plan:
         return experiment(**arguments)
     except (ConfigError, DataError):
         raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Find the mistakes of a configuration that show without its data and models, which may be elsewhere.
+
+    Raises:
+        ConfigError: what is wrong, where it stands, and what to do.
+    """
+    arguments = config.check(experiment, values, "", "the configuration", dry=True)
+    try:
+        _check_counts(arguments)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +19,14 @@ from zipfile import BadZipFile
 import numpy as np
 from omegaconf import OmegaConf
 
-from fedray import config
+from fedray import config, storage
 from fedray.checkpoint import newest_round, replace_file
 from fedray.errors import ConfigError, DataError
 from fedray.experiment import Plan, plan
 from fedray.learner import Task
 from fedray.progress import progress
 from fedray.report import RunRecord, read_run, write_report
+from fedray.storage import Mirror, Place
 
 PACKAGES = (
     *("fedray", "ray", "torch", "numpy", "omegaconf", "safetensors", "scikit-learn"),
@@ -35,15 +36,15 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, and whether its run came to its last round."""
+    """A run folder, which is a path or a URI as it was given, and whether its run came to its last round."""
 
-    folder: Path
+    folder: Place
     finished: bool
 
     @property
     def record(self) -> RunRecord:
         """Everything that the folder says."""
-        return read_run(self.folder)
+        return storage.read(self.folder)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ class Run:
 class Interrupted(KeyboardInterrupt):
     """The run was stopped by a signal before its last round; its folder can be resumed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         super().__init__(f"interrupted; go on with: fedray resume {folder}")
 
 
@@ -71,7 +72,7 @@ def run(
     Args:
         source: A YAML file, the name of a shipped experiment, or a mapping.
         overrides: ``key=value`` texts on top, as on the command line.
-        out: The run folder; ``runs/<name>-<time>`` if None.
+        out: The run folder, or a URI such as ``s3://bucket/folder``; ``runs/<name>-<time>`` if None.
 
     Raises:
         ConfigError: a mistake in the configuration; nothing was started.
@@ -79,46 +80,77 @@ def run(
     """
     values = config.read(source if isinstance(source, Mapping) else find(str(source)), overrides)
     made = plan(values)
-    name = "run" if isinstance(source, Mapping) else _name(find(str(source)))
-    folder = Path(out) if out is not None else _unused(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = "run" if isinstance(source, Mapping) else name_of(find(str(source)))
+    folder = _unused(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}") if out is None else storage.place(out)
+    if isinstance(folder, str):
+        with storage.scratch(folder) as mirror:
+            if mirror.files():
+                raise ConfigError(_not_empty(folder))
+            return _begin(made, values, mirror.folder, mirror)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         empty = not any(folder.iterdir())
     except OSError as error:
         raise ConfigError(f"{folder} cannot be the run folder ({error.strerror}); choose another --out") from None
     if not empty:
-        raise ConfigError(f"{folder} is not empty; choose another --out, or go on with: fedray resume {folder}")
+        raise ConfigError(_not_empty(folder))
+    return _begin(made, values, folder)
+
+
+def _not_empty(folder: Place) -> str:
+    return f"{folder} is not empty; choose another --out, or go on with: fedray resume {folder}"
+
+
+def _begin(made: Plan, values: dict[str, Any], folder: Path, mirror: Mirror | None = None) -> Run:
     values |= asdict(made.experiment.execution)  # what a rule chose stays chosen, whatever the rule becomes
     _save(values, folder)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     np.savez(folder / "partition.npz", **made.experiment.task.holdings())  # type: ignore[arg-type]
-    return _follow(made, values, folder)
+    return _follow(made, values, folder, mirror)
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Go on with a run from its newest checkpoint.
 
     Args:
-        folder: The run folder.
+        folder: The run folder, or its URI.
         overrides: ``rounds=...`` for another last round, ``backend....`` to run elsewhere, ``trackers``.
 
     Raises:
         DataError: it is no run folder, or the data are no longer what the run began with.
     """
-    folder = Path(folder)
-    read_run(folder)
+    folder = storage.place(folder)
+    check_overrides(overrides)
+    if isinstance(folder, Path):
+        return _resume(folder, overrides)
+    with storage.scratch(folder) as mirror:
+        mirror.fetch()
+        return _resume(mirror.folder, overrides, mirror)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse what cannot change when a run is resumed.
+
+    Raises:
+        ConfigError: an override would make it another run.
+    """
     for override in overrides:
         if override.partition("=")[0].partition(".")[0] not in ("rounds", "backend", "trackers"):
             allowed = "only rounds, backend and trackers can change"
             raise ConfigError(f"the override {override!r} would make it another run; {allowed}")
+
+
+def _resume(folder: Path, overrides: Sequence[str], mirror: Mirror | None = None) -> Run:
+    place = mirror.uri if mirror else folder
+    read_run(folder)
     values = config.read(folder / "config.yaml", overrides)
     made = plan(values)
     done = newest_round(folder)
     if made.experiment.rounds < done:
-        raise ConfigError(f"rounds is {made.experiment.rounds}; {folder} has already done {done}, which stay done")
+        raise ConfigError(f"rounds is {made.experiment.rounds}; {place} has already done {done}, which stay done")
     _check_same_data(made.experiment.task, folder / "partition.npz")
     _save(values, folder)
-    return _follow(made, values, folder)
+    return _follow(made, values, folder, mirror)
 
 
 def shipped() -> dict[str, Path]:
@@ -126,7 +158,7 @@ def shipped() -> dict[str, Path]:
     package = Path(__file__).parent
     for root in (package / "experiments", package.parent / "experiments"):
         if root.is_dir():
-            return {_name(path): path for path in sorted(root.glob("*/*.yaml"))}
+            return {name_of(path): path for path in sorted(root.glob("*/*.yaml"))}
     return {}
 
 
@@ -161,31 +193,33 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _follow(made: Plan, values: dict[str, Any], folder: Path) -> Run:
+def _follow(made: Plan, values: dict[str, Any], folder: Path, mirror: Mirror | None = None) -> Run:
+    place = mirror.uri if mirror else folder
     rounds = made.experiment.rounds
     start = newest_round(folder)
     launch, trackers, experiment = made.launcher.launch, made.trackers, made.experiment
     del made  # the driver holds the data; a second copy here would stay for the whole run
-    with ExitStack() as stack:
-        show = stack.enter_context(progress(rounds, start))
-        tracks = [stack.enter_context(tracker(folder, values)) for tracker in trackers]
-        stop = stack.enter_context(_signals(folder))
-        records = launch(experiment, folder, stop.is_set)
-        del experiment
-        done = start
-        try:
-            for record in records:
-                done = record["round"]
-                show(record)
-                for track in tracks:
-                    track(record)
-        except Exception as error:
-            error.add_note(f"the run is in {folder}; once the cause is mended, go on with: fedray resume {folder}")
-            raise
-    write_report([folder], folder / "report.html")
-    if done < rounds:
-        raise Interrupted(folder)
-    return Run(folder, finished=True)
+    with mirror.running() if mirror else nullcontext():
+        with ExitStack() as stack:
+            show = stack.enter_context(progress(rounds, start))
+            tracks = [stack.enter_context(tracker(folder, values)) for tracker in trackers]
+            stop = stack.enter_context(_signals(place))
+            records = launch(experiment, folder, stop.is_set)
+            del experiment
+            done = start
+            try:
+                for record in records:
+                    done = record["round"]
+                    show(record)
+                    for track in tracks:
+                        track(record)
+            except Exception as error:
+                error.add_note(f"the run is in {place}; once the cause is mended, go on with: fedray resume {place}")
+                raise
+        write_report([folder], folder / "report.html")
+        if done < rounds:
+            raise Interrupted(place)
+    return Run(place, finished=True)
 
 
 def _save(values: dict[str, Any], folder: Path) -> None:
@@ -193,7 +227,7 @@ def _save(values: dict[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def _signals(folder: Path) -> Iterator[threading.Event]:
+def _signals(folder: Place) -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the second one stops at once."""
     stop = threading.Event()
 
@@ -230,6 +264,7 @@ def _check_same_data(task: Task, path: Path) -> None:
         raise DataError(f"{path} differs from the data as they are now; restore the data (or fedray's version) of then")
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
+    """What a configuration is called: its folder, and the file unless that is ``run.yaml``."""
     path = path.resolve()  # the parent of mine.yaml, or of ../mine.yaml, must not become a part of a path as it stands
     return path.parent.name if path.stem == "run" else f"{path.parent.name}/{path.stem}"

@@ -75,6 +75,7 @@ def test_backends_are_for_those_who_start_runs(path):
         "fedray.generate",
         "fedray.sweep",
         "fedray.cli",
+        "fedray.commands",
     )
     if not within(dotted(path), *starters):
         assert not [name for name in imported(parsed(path)) if within(name, "fedray.backends")]
@@ -130,7 +131,11 @@ def test_what_is_below_does_not_import_what_is_above(package):
 def test_the_top_is_imported_by_nobody_below():
     users = {name: set(imported(parsed(path))) for name, path in MODULES.items()}
     assert [name for name, used in users.items() if "fedray.cli" in used] == ["fedray.__main__"]
-    assert [name for name, used in users.items() if "fedray.runs" in used] == ["fedray.cli", "fedray.sweep"]
+    assert [name for name, used in users.items() if "fedray.runs" in used] == [
+        "fedray.cli",
+        "fedray.submit",
+        "fedray.sweep",
+    ]
 
 
 def test_there_is_no_circle():

@@ -90,10 +90,14 @@ def test_killing_a_worker_and_the_command_ends_the_workers_and_leaves_a_run_that
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == undisturbed
 
 
-def test_interrupting_a_run_on_ray_is_clean_and_resumable(undisturbed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_a_run_on_ray_is_clean_and_resumable(number, undisturbed, tmp_path):
     process = command("run", "quickstart", *OPTIONS, "backend.num_workers=1", "--out", tmp_path / "run")
     wait_for_round(tmp_path / "run", 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to everybody
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal sends it: to everybody
+    else:
+        process.send_signal(number)
     output, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130, output
     assert "Traceback" not in output

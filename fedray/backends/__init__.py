@@ -84,8 +84,8 @@ def on_ray(
     """A driver actor and worker actors on a Ray cluster; each worker stands for many clients.
 
     Args:
-        num_workers: Worker actors; auto for one for each GPU or, without GPUs, each num_cpus CPUs of the cluster, and
-            for more of them when nodes join.
+        num_workers: Worker actors; auto for one for each free GPU or, without GPUs, each num_cpus free CPUs, and for
+            more of them when there is room, for example on nodes that join.
         clients_per_worker: Clients of a cohort that a worker stands for, instead of num_workers; 1: an actor for each.
         min_workers: Workers that are enough to begin with; the others join when there is room, for example on nodes
             that an autoscaler brings. null for all.

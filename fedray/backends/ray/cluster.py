@@ -1,8 +1,10 @@
 """Which Ray cluster a run uses: its own on this machine, or an existing one."""
 
 import logging
+import signal
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ def connected(
         "include_dashboard": False,
         "object_store_memory": int(object_store_gb * 2**30) if object_store_gb else None,
     }
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address, namespace="fedray", logging_level=logging.ERROR, **(options if address == "local" else {})
@@ -40,6 +43,8 @@ def connected(
             f"cannot use the Ray cluster at {address!r} ({' '.join(str(error).split())[:300]}); is it running, and are "
             "RAY_AUTH_MODE and its token set as there? backend.address=local starts one for this run"
         ) from error
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which ends the process at once
     try:
         yield
     finally:

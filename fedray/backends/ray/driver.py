@@ -64,7 +64,7 @@ def drive(
     with connected(address, object_store_gb):
         travel_as_arrays()
         carry_users_modules()
-        fitting = resources.resolve(nodes(resources.labels), experiment.cohort)
+        fitting = resources.resolve(nodes(resources.labels), experiment.cohort, ray.available_resources())
         logger.info(
             "Ray: %s workers with %g CPUs and %g GPUs each", fitting.num_workers, fitting.num_cpus, fitting.num_gpus
         )

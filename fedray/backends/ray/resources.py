@@ -31,8 +31,13 @@ class Resources:
     client_timeout: float | None = None
     start_timeout: float = 120.0
 
-    def resolve(self, nodes: Sequence[dict[str, float]], cohort: int) -> "Resources":
-        """The same with every ``auto`` replaced, for the resources of a cluster's nodes and the size of a cohort."""
+    def resolve(
+        self, nodes: Sequence[dict[str, float]], cohort: int, free: dict[str, float] | None = None
+    ) -> "Resources":
+        """The same with every ``auto`` replaced, for the resources of a cluster's nodes and the size of a cohort.
+
+        With ``free``, ``auto`` does not count on what others (a job's driver, too) hold of the cluster.
+        """
         gpus, cpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("GPU", "CPU"))
         each = (1.0 if gpus else 0.0) if self.num_gpus == "auto" else float(self.num_gpus)
         room = sum(_room(node, self.num_cpus, each) for node in nodes)
@@ -41,7 +46,8 @@ class Resources:
         elif self.num_workers != "auto":
             count = self.num_workers
         else:
-            count = min(max(room, self.min_workers or 1), cohort)
+            now = room if free is None else min(room, _room(free, self.num_cpus, each))
+            count = min(max(now, self.min_workers or 1), cohort)
         if count > room and self.min_workers is None:
             where = f"nodes with {', '.join(self.labels)} and their" if self.labels else "cluster's"
             raise ConfigError(
