@@ -95,6 +95,11 @@ class RayBackend:
         """How many are up."""
         return len(self._crew.up)
 
+    @property
+    def deaths(self) -> int:
+        """How often a worker has died."""
+        return self._crew.deaths
+
     def _look_for_nodes(self) -> None:
         """With as many workers as fit, start those that have got room since."""
         if self._asked.num_workers != "auto" or self._asked.clients_per_worker != "auto":

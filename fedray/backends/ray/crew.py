@@ -46,6 +46,7 @@ class Crew:
     def __init__(self, actors: Sequence[Any], welcome: Callable[[Any], ray.ObjectRef], patience: float) -> None:
         self.up: dict[Any, Any] = {}  # each with the result of its first call
         self._coming: dict[ray.ObjectRef, Any] = {}
+        self.deaths = 0
         self._welcome, self._patience = welcome, patience
         for actor in actors:
             self.expect(actor)
@@ -129,6 +130,7 @@ class Crew:
                 try:
                     value = collect(refs)
                 except _DEAD as error:
+                    self.deaths += 1
                     self.expect(actor)
                     if parts := _parts(share, attempt):
                         logger.warning(

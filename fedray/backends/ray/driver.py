@@ -17,6 +17,7 @@ from fedray.backends import Stop
 from fedray.backends.ray.backend import RayBackend
 from fedray.backends.ray.cluster import carry_users_modules, connected
 from fedray.backends.ray.crew import ATTEMPTS, first_line
+from fedray.backends.ray.metrics import Meter
 from fedray.backends.ray.resources import Resources, hired, nodes
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.backends.ray.worker_actor import Sent, receive, send
@@ -42,7 +43,11 @@ class _Driver:
     ) -> Iterator[Record]:
         experiment = replace(experiment, task=receive(task))
         backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers)
-        yield from train(experiment, Path(folder), backend, self._stop.is_set)
+        meter, deaths = Meter(Path(folder).name), 0
+        for record in train(experiment, Path(folder), backend, self._stop.is_set):
+            meter.tell(record, backend.num_workers, backend.deaths - deaths)
+            deaths = backend.deaths
+            yield record
 
     def stop(self) -> None:
         self._stop.set()
