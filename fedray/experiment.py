@@ -12,6 +12,7 @@ from fedray.execution import ONE_BY_ONE, Execution
 from fedray.learner import Learner, Task
 from fedray.rounds import Sampler, draw
 from fedray.samplers import Population, uniform
+from fedray.search import Tuning
 from fedray.trackers import TrackerFactory
 
 
@@ -31,6 +32,7 @@ class Experiment:
     execution: Execution = ONE_BY_ONE
     profile: bool = False
     diversity: bool = False
+    lockstep: bool = False  # whoever has a record in hand finds the checkpoint whole, and nobody writing
 
     @property
     def population(self) -> Population:
@@ -40,11 +42,12 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment, and what is around it: where it runs, and who follows it."""
+    """An experiment, and what is around it: where it runs, who follows it, and what is searched."""
 
     experiment: Experiment
     launcher: Launcher
     trackers: Sequence[TrackerFactory]
+    tune: Tuning | None = None
 
 
 def experiment(
@@ -63,6 +66,7 @@ def experiment(
     profile: bool = False,
     diversity: bool = False,
     trackers: list[TrackerFactory] | None = None,
+    tune: Tuning | None = None,
 ) -> Plan:
     """The top level of a configuration.
 
@@ -81,6 +85,7 @@ def experiment(
         profile: Keep what the workers' time went to, round by round, and draw it in the report.
         diversity: Measure the gradient diversity of each round's updates.
         trackers: Where metrics are sent besides the run folder.
+        tune: What `fedray tune` searches, and how; a run only checks it.
     """
     counts = {"rounds": (rounds, 1), "cohort": (cohort, 1), "seed": (seed, 0), "evaluate_every": (evaluate_every, 0)}
     counts |= {"checkpoint_every": (checkpoint_every, 0), "keep_checkpoints": (keep_checkpoints, 1)}
@@ -107,7 +112,7 @@ def experiment(
     )
     draw(made.population, cohort, sampler, seed, 1)  # and so does a sampler that cannot draw,
     algorithm.init(learner.params())  # and an algorithm that cannot train such a model
-    return Plan(made, backend, trackers or ())
+    return Plan(made, backend, trackers or (), tune)
 
 
 def _resolved(execution: Execution, learner: Learner, cohort: int) -> Execution:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import ray
 import torch
 from ray.exceptions import GetTimeoutError
+from ray.util import get_current_placement_group
 
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientUpdate, Make, Metrics, Pool
@@ -147,11 +148,15 @@ class _Worker:
 
 
 def start_workers(resources: Resources, execution: Execution) -> list[Any]:
-    """Worker actors with resources that are resolved; they come up while the caller goes on."""
+    """Worker actors with resources that are resolved; they come up while the caller goes on.
+
+    Within a placement group, such as that of a Tune trial, they take what is reserved there.
+    """
+    strategy = "SPREAD" if resources.placement == "spread" else "DEFAULT"
     actor: Any = ray.remote(_Worker).options(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
-        scheduling_strategy="SPREAD" if resources.placement == "spread" else "DEFAULT",
+        scheduling_strategy=strategy if get_current_placement_group() is None else None,
         max_restarts=-1,
     )
     assert isinstance(resources.num_workers, int)

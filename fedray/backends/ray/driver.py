@@ -32,11 +32,14 @@ class _Driver:
 
     def run(
         self, experiment: Experiment, task: Sent, folder: str, resources: Resources, workers: list[Any]
-    ) -> Iterator[Record]:
+    ) -> Iterator[Record | None]:
         experiment = replace(experiment, task=receive(task))
         backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers)
         logger.info("%d workers: %s", len(backend.workers), backend.workers)
-        yield from train(experiment, Path(folder), backend, self._stop.is_set)
+        for record in train(experiment, Path(folder), backend, self._stop.is_set):
+            yield record
+            if experiment.lockstep:
+                yield None  # is handed over, and the loop goes on, when the next record is asked for
 
     def stop(self) -> None:
         self._stop.set()
@@ -67,7 +70,9 @@ def drive(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
         driver = actor.remote(resources.threads)
-        records = driver.run.options(num_returns="streaming").remote(experiment, task, str(folder), resources, workers)
+        ahead = 1 if experiment.lockstep else -1  # results that may wait for being taken; -1: any number
+        run = driver.run.options(num_returns="streaming", _generator_backpressure_num_objects=ahead)
+        records = run.remote(experiment, task, str(folder), resources, workers)
         told = False
         try:
             while True:
@@ -75,14 +80,17 @@ def drive(
                 if stop() and not told:
                     driver.stop.remote()
                     told = True
-                if ready:
-                    yield ray.get(next(records))
+                if ready and (record := ray.get(next(records))) is not None:
+                    yield record
         except StopIteration:
             return
         except RayTaskError as error:
             raise _cause(error) from None
         except RayActorError as error:
             raise FedrayError(f"the driver actor died: {' '.join(str(error).split())}") from None
+        finally:
+            for actor in (driver, *workers):  # whoever closes this generator may start another in its place
+                ray.kill(actor)
 
 
 def _cause(error: RayTaskError) -> BaseException:
