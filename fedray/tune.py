@@ -33,6 +33,7 @@ _QUIET = {  # what Ray Tune reads from the environment when it is imported
     "AIR_VERBOSITY": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_LOGGER_LEVEL": "warning",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a metric may be measured in some rounds only
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }

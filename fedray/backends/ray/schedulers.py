@@ -50,13 +50,13 @@ def asha(setting: Setting, /, grace_period: int = 1, reduction_factor: int = 4, 
         reduction_factor: One of so many goes on; and so many times more rounds to the next decision.
         brackets: Groups of trials, each with a later first decision than the one before.
     """
-    from ray.tune.schedulers import ASHAScheduler
+    from fedray.backends.ray.scheduling import Halving
 
     _at_least(1, grace_period=grace_period, brackets=brackets)
     _at_least(2, reduction_factor=reduction_factor)
     if grace_period > setting.rounds:
         raise ValueError(f"grace_period is {grace_period}; a trial has only {setting.rounds} rounds")
-    return ASHAScheduler(
+    return Halving(
         time_attr="round",
         max_t=setting.rounds,
         grace_period=grace_period,
@@ -76,12 +76,15 @@ def median(setting: Setting, /, grace_period: int = 1, min_trials: int = 3) -> A
     from ray.tune.schedulers import MedianStoppingRule
 
     _at_least(1, grace_period=grace_period, min_trials=min_trials)
-    return MedianStoppingRule(time_attr="round", grace_period=grace_period, min_samples_required=min_trials)
+    return MedianStoppingRule(
+        time_attr="round",
+        grace_period=grace_period,
+        min_samples_required=min_trials,
+        min_time_slice=setting.rounds,  # nobody pauses to let others go first: that would cost rounds
+    )
 
 
-def pbt(
-    setting: Setting, /, interval: int = 5, quantile: float = 0.25, resample: float = 0.25, synchronous: bool = True
-) -> Any:
+def pbt(setting: Setting, /, interval: int = 5, quantile: float = 0.25, resample: float = 0.25) -> Any:
     """Population based training: the worst go on from the best ones' checkpoints with options near theirs.
 
     Jaderberg et al., 2017. Options change in mid-run; only those of the algorithm, cohort and sampler can.
@@ -90,9 +93,8 @@ def pbt(
         interval: Rounds between two comparisons; a multiple of checkpoint_every.
         quantile: The part of the trials that is replaced, and the part that it is replaced from.
         resample: The probability that an option is drawn anew, instead of multiplied by 0.8 or 1.2.
-        synchronous: Compare when all are at the same round, which can be repeated; otherwise whenever one gets there.
     """
-    from ray.tune.schedulers import PopulationBasedTraining
+    from fedray.backends.ray.scheduling import Population
 
     _at_least(1, interval=interval)
     if not 0 < quantile <= 0.5:
@@ -110,13 +112,13 @@ def pbt(
             raise ValueError(f"pbt changes options in mid-run, and {key} cannot change; fix it, or use asha")
     if not domains:
         raise ValueError("pbt has nothing to change; give tune.space a distribution that is no grid")
-    return PopulationBasedTraining(
+    return Population(
+        setting.rounds,
         time_attr="round",
         perturbation_interval=interval,
         hyperparam_mutations=domains,
         quantile_fraction=quantile,
         resample_probability=resample,
-        synch=synchronous,
         require_attrs=False,
     )
 

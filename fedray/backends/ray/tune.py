@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
 from fedray.backends import on_ray
 from fedray.backends.ray.cluster import connected
 from fedray.backends.ray.schedulers import Setting
+from fedray.backends.ray.scheduling import Population
 from fedray.checkpoint import put_back, take_out
 from fedray.config import nearest
 from fedray.errors import ConfigError
@@ -94,6 +94,9 @@ def trainable(values_of: ValuesOf, follow: Follow, num_cpus: float, num_gpus: fl
         local = storage.storage_filesystem.type_name == "local"
         place = Path(storage.trial_fs_path if local else storage.trial_working_directory)
         place.mkdir(parents=True, exist_ok=True)
+        for lost in place.glob("checkpoint_*"):  # of a time that a restored search has gone back behind
+            if int(lost.name.partition("_")[2]) > storage.current_checkpoint_index:
+                shutil.rmtree(lost, ignore_errors=True)
         with (place / "run.log").open("a") as log, redirect_stderr(log):
             _take_up(tune.get_checkpoint(), place / "run")
             _run(values_of(settings), follow, place / "run", metric)
@@ -160,7 +163,7 @@ class _Teller(tune.Callback):
 
     def _tell(self, trials: list[Any], trial: Any, what: str) -> None:
         ended = sum(other.is_finished() for other in trials if other is not trial) + 1
-        logger.info("%d ended: %s %s, %s", ended, trial.trial_id, _shown(trial.config), what)
+        logger.info("%d ended: %s %s, %s", ended, trial, _shown(trial.config), what)
 
 
 def _shown(settings: Mapping[str, Any]) -> str:
@@ -199,7 +202,7 @@ def fit(
     space = space_of(tuning.distributions)
     setting = Setting(space, rounds, checkpoint_every, tuning.seed)
     scheduler, search = tuning.scheduler(setting), tuning.search(setting)
-    if isinstance(scheduler, PopulationBasedTraining) and not isinstance(search, BasicVariantGenerator):
+    if isinstance(scheduler, Population) and not isinstance(search, BasicVariantGenerator):
         raise ConfigError("tune.scheduler is pbt, which draws by itself; give tune.search=random")
     with connected(address, object_store_gb), _seeded(tuning.seed):
         for example in examples:
@@ -212,7 +215,8 @@ def fit(
     found = [results[place] for place in range(len(results))]
     if not all(one.error or (one.metrics or {}).get("done") for one in found):
         raise KeyboardInterrupt("interrupted; go on with the same command")
-    return [(dict(one.config or {}), Path(one.path) / "run", str(one.error or "")) for one in found]
+    made = [(dict(one.config or {}), Path(one.path) / "run", str(one.error or "")) for one in found]
+    return sorted(made, key=lambda one: one[1])
 
 
 def _how(tuning: Tuning, scheduler: Any, search: Any, out: Path) -> dict[str, Any]:
@@ -240,7 +244,8 @@ def _how(tuning: Tuning, scheduler: Any, search: Any, out: Path) -> dict[str, An
 
 
 def _name(trial: Any) -> str:
-    return str(trial.trial_id)
+    """Its number among the trials."""
+    return f"{int(trial.experiment_tag.partition('_')[0]):04d}"
 
 
 @contextmanager
