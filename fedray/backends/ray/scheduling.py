@@ -14,6 +14,8 @@ class Halving(ASHAScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Ray Tune does not keep a scheduler's memory; the run folders do."""
         super().on_trial_add(tune_controller, trial)
+        if trial.storage.trial_dir_name is None:
+            return  # it is new
         known: dict[str, float] = {}
         for record in read_metrics(Path(trial.storage.trial_fs_path) / "run" / "metrics.jsonl"):
             known |= scalars(record)
