@@ -74,6 +74,8 @@ def test_backends_are_for_those_who_start_runs(path):
         "fedray.calibrate",
         "fedray.generate",
         "fedray.sweep",
+        "fedray.tune",
+        "fedray.search",
         "fedray.cli",
     )
     if not within(dotted(path), *starters):
@@ -130,7 +132,11 @@ def test_what_is_below_does_not_import_what_is_above(package):
 def test_the_top_is_imported_by_nobody_below():
     users = {name: set(imported(parsed(path))) for name, path in MODULES.items()}
     assert [name for name, used in users.items() if "fedray.cli" in used] == ["fedray.__main__"]
-    assert [name for name, used in users.items() if "fedray.runs" in used] == ["fedray.cli", "fedray.sweep"]
+    assert [name for name, used in users.items() if "fedray.runs" in used] == [
+        "fedray.cli",
+        "fedray.sweep",
+        "fedray.tune",
+    ]
 
 
 def test_there_is_no_circle():
@@ -174,6 +180,8 @@ def test_algorithms_load_neither_ray_nor_what_only_some_runs_need():
         "soundfile",
         "rich",
         "dp_accounting",
+        "pandas",
+        "optuna",
     }
     assert not algorithms & heavy
     assert not everything & (heavy - {"matplotlib"})  # which the report is drawn with

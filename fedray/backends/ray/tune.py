@@ -215,8 +215,16 @@ def fit(
     found = [results[place] for place in range(len(results))]
     if not all(one.error or (one.metrics or {}).get("done") for one in found):
         raise KeyboardInterrupt("interrupted; go on with the same command")
-    made = [(dict(one.config or {}), Path(one.path) / "run", str(one.error or "")) for one in found]
+    made = [(dict(one.config or {}), Path(one.path) / "run", _told(one.error)) for one in found]
     return sorted(made, key=lambda one: one[1])
+
+
+def _told(error: Exception | None) -> str:
+    """The whole of an error, and in its last line what it comes down to."""
+    if error is None:
+        return ""
+    cause = getattr(error, "cause", None) or error
+    return f"{error}\n{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 def _how(tuning: Tuning, scheduler: Any, search: Any, out: Path) -> dict[str, Any]:
