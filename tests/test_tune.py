@@ -327,29 +327,65 @@ def test_a_trial_whose_process_dies_goes_on_and_one_that_fails_is_told(ray_local
 def test_population_based_training_goes_on_from_the_better_ones_with_other_options(ray_local, tmp_path):
     space = {"algorithm.local_lr": {"loguniform": [1e-3, 1]}}
     scheduler = {"name": "pbt", "interval": 2, "quantile": 0.5}
-    section = {"space": space, "trials": 3, "scheduler": scheduler, "max_concurrent": 1, "seed": 1}
-    values = {**VALUES, "rounds": 8, "tune": section}
+    section = {"space": space, "trials": 3, "scheduler": scheduler, "max_concurrent": 2, "seed": 1}
+    values = {**VALUES, "tune": section}
     found = tune(values, [], tmp_path / "search")
     assert [outcome.error for outcome in found.outcomes] == [""] * 3
-    changed = [o for o in found.outcomes if (o.trial.folder / "changes.jsonl").is_file()]
-    assert changed
-    for number, outcome in enumerate(changed):
+    changed = 0
+    for number, outcome in enumerate(found.outcomes):
         folder = outcome.trial.folder
-        changes = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
-        rates = [change["algorithm.local_lr"] for change in changes]
-        assert all(change["round"] in (2, 4, 6) for change in changes)
-        assert rates[-1][1] == config.read(folder / "config.yaml")["algorithm"]["local_lr"]
-        assert outcome.trial.overrides == [f"algorithm.local_lr={rates[-1][1]}"]
+        notes = folder / "changes.jsonl"
+        changes = [json.loads(line) for line in notes.read_text().splitlines()] if notes.is_file() else []
+        changed += len(changes)
+        assert all(change["round"] in (2, 4) for change in changes)
+        last = config.read(folder / "config.yaml")["algorithm"]["local_lr"]
+        assert outcome.trial.overrides == [f"algorithm.local_lr={last}"]
         # the same by hand: what its changes say, one after the other
+        steps = [change["algorithm.local_lr"] for change in changes]
+        rates = [steps[0][0], *(after for _, after in steps)] if steps else [last]
+        assert rates[-1] == last
         replay = tmp_path / f"replay{number}"
-        for rate, end in zip(
-            [rates[0][0], *(after for _, after in rates)], [*(c["round"] for c in changes), 8], strict=True
-        ):
-            made = {**values, "rounds": end, "algorithm": {"name": "fedavg", "local_lr": rate}}
-            made.pop("tune")
-            list(runs.trial(made, replay))
+        for rate, end in zip(rates, [*(change["round"] for change in changes), 6], strict=True):
+            list(runs.trial({**values, "rounds": end, "algorithm": {"name": "fedavg", "local_lr": rate}}, replay))
         assert model(folder) == model(replay)
-        assert [r["round"] for r in read_run(folder).metrics] == list(range(9))
+        assert [r["round"] for r in read_run(folder).metrics] == list(range(7))
+    assert changed
+    # whoever is first does not matter
+    again = tune({**values, "tune": {**section, "max_concurrent": 1}}, [], tmp_path / "again")
+    assert [model(o.trial.folder) for o in again.outcomes] == [model(o.trial.folder) for o in found.outcomes]
+
+
+LATE = """
+from dataclasses import replace
+from pathlib import Path
+
+from fedray import FederatedAlgorithm, LocalTraining
+from fedray.algorithms.fedavg import fedavg
+
+
+def late(*, local: LocalTraining, marker: str) -> FederatedAlgorithm:
+    inner = fedavg(local=local)
+
+    def apply(state, cohort, backend):
+        if cohort[0].round == 3:
+            Path(marker).touch(exist_ok=False)
+        return inner.apply(state, cohort, backend)
+
+    return replace(inner, apply=apply)
+"""
+
+
+def test_a_population_does_not_wait_for_one_that_has_failed(ray_local, tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.chdir(tmp_path)
+    scheduler = {"name": "pbt", "interval": 2}
+    space = {"algorithm.local_lr": {"uniform": [0.01, 0.1]}}
+    section = {"space": space, "trials": 2, "scheduler": scheduler, "max_concurrent": 1, "retries": 0}
+    algorithm = {"name": "late.late", "marker": str(tmp_path / "first")}
+    found = tune({**VALUES, "algorithm": algorithm, "tune": section}, [], tmp_path / "search")
+    # the first waits in round 4 for the second, which fails in round 3
+    assert sorted(bool(outcome.error) for outcome in found.outcomes) == [False, True]
+    assert found.ranked[0].final["round"] == 6
 
 
 def test_optuna_searches(ray_local, tmp_path):

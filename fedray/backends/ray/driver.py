@@ -3,13 +3,14 @@
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.backends import Stop
@@ -22,6 +23,8 @@ from fedray.learner import Task
 from fedray.training import Record, train
 
 logger = logging.getLogger(__name__)
+
+_STOPS = 10.0  # seconds for the driver to say that it goes no further
 
 
 class _Driver:
@@ -40,6 +43,8 @@ class _Driver:
             yield record
             if experiment.lockstep:
                 yield None  # is handed over, and the loop goes on, when the next record is asked for
+                if self._stop.is_set():
+                    return
 
     def stop(self) -> None:
         self._stop.set()
@@ -88,8 +93,10 @@ def drive(
             raise _cause(error) from None
         except RayActorError as error:
             raise FedrayError(f"the driver actor died: {' '.join(str(error).split())}") from None
-        finally:
-            for actor in (driver, *workers):  # whoever closes this generator may start another in its place
+        finally:  # whoever closes this generator may start another in its place
+            with suppress(RayError):
+                ray.get(driver.stop.remote(), timeout=_STOPS)
+            for actor in (driver, *workers):
                 ray.kill(actor)
 
 

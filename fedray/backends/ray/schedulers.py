@@ -57,12 +57,12 @@ def asha(setting: Setting, /, grace_period: int = 1, reduction_factor: int = 4, 
     if grace_period > setting.rounds:
         raise ValueError(f"grace_period is {grace_period}; a trial has only {setting.rounds} rounds")
     return Halving(
+        setting.seed,
         time_attr="round",
         max_t=setting.rounds,
         grace_period=grace_period,
         reduction_factor=reduction_factor,
         brackets=brackets,
-        stop_last_trials=False,  # they end by themselves, when their model is written
     )
 
 
@@ -113,6 +113,7 @@ def pbt(setting: Setting, /, interval: int = 5, quantile: float = 0.25, resample
     if not domains:
         raise ValueError("pbt has nothing to change; give tune.space a distribution that is no grid")
     return Population(
+        setting.seed,
         setting.rounds,
         time_attr="round",
         perturbation_interval=interval,

@@ -2,14 +2,12 @@
 
 import logging
 import os
-import random
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
@@ -17,7 +15,7 @@ from ray.tune.search import BasicVariantGenerator
 from fedray.backends import on_ray
 from fedray.backends.ray.cluster import connected
 from fedray.backends.ray.schedulers import Setting
-from fedray.backends.ray.scheduling import Population
+from fedray.backends.ray.scheduling import Population, number_of
 from fedray.checkpoint import put_back, take_out
 from fedray.config import nearest
 from fedray.errors import ConfigError
@@ -31,8 +29,6 @@ Values = dict[str, Any]
 ValuesOf = Callable[[Mapping[str, Any]], Values]  # of a trial's settings: its whole configuration
 Follow = Callable[[Values, Path], Generator[dict[str, Any]]]  # `fedray.runs.trial`
 Run = Callable[[dict[str, Any]], None]
-
-_KEPT = 4  # checkpoints of a trial: population based training may go on from one that is not the newest
 
 
 def space_of(distributions: Mapping[str, Distribution]) -> dict[str, Any]:
@@ -204,7 +200,7 @@ def fit(
     scheduler, search = tuning.scheduler(setting), tuning.search(setting)
     if isinstance(scheduler, Population) and not isinstance(search, BasicVariantGenerator):
         raise ConfigError("tune.scheduler is pbt, which draws by itself; give tune.search=random")
-    with connected(address, object_store_gb), _seeded(tuning.seed):
+    with connected(address, object_store_gb):
         for example in examples:
             _check_room(bundles(example, tuning.num_cpus, tuning.num_gpus))
         if tune.Tuner.can_restore(str(out)) and any(out.glob("experiment_state-*.json")):
@@ -244,7 +240,9 @@ def _how(tuning: Tuning, scheduler: Any, search: Any, out: Path) -> dict[str, An
             name=out.name,
             storage_path=str(out.parent),
             failure_config=tune.FailureConfig(max_failures=tuning.retries),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=_KEPT),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=None if isinstance(scheduler, Population) else 2  # others may go on from any of them
+            ),
             callbacks=[_Teller(tuning.metric)],
             verbose=0,
         ),
@@ -252,18 +250,4 @@ def _how(tuning: Tuning, scheduler: Any, search: Any, out: Path) -> dict[str, An
 
 
 def _name(trial: Any) -> str:
-    """Its number among the trials."""
-    return f"{int(trial.experiment_tag.partition('_')[0]):04d}"
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The generators that Ray Tune's schedulers draw from, seeded for a while."""
-    before = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+    return f"{number_of(trial):04d}"
