@@ -32,6 +32,8 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "devices": ("fedray.devices:DEVICES", "fedray.devices:DevicesBuilder"),
     "backends": ("fedray.backends:BACKENDS", "fedray.backends:Launcher"),
     "trackers": ("fedray.trackers:TRACKERS", "fedray.trackers:TrackerFactory"),
+    "schedulers": ("fedray.backends.ray.schedulers:SCHEDULERS", "fedray.backends.ray.schedulers:Scheduler"),
+    "searches": ("fedray.backends.ray.schedulers:SEARCHES", "fedray.backends.ray.schedulers:Search"),
 }
 
 

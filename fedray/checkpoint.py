@@ -23,6 +23,12 @@ from fedray.errors import DataError
 logger = logging.getLogger(__name__)
 
 
+_OF_A_RUN = (
+    *("config.yaml", "environment.json", "partition.npz", "metrics.jsonl", "changes.jsonl"),
+    *("evaluation.json", "model.safetensors", "report.html"),
+)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a run goes on from.
@@ -122,6 +128,39 @@ def _read(run: Path, folder: Path, template: Any) -> Checkpoint:
             raise DataError(f"{folder / 'state.json'} names {entry['file']}, which is outside of the run's folder")
         clients[int(client)] = (int(entry["round"]), _read_tree(path, entry["sha256"], None))
     return Checkpoint(document["round"], state, clients, document["progress"])
+
+
+def take_out(run: Path, round: int, out: Path) -> None:
+    """Make a folder of what a run goes on from after ``round``, whose checkpoint is whole; links, where there can be.
+
+    Args:
+        run: The run's folder, in which nobody writes meanwhile.
+        round: A round with a checkpoint.
+        out: Where to; it is not there.
+    """
+    checkpoint = run / "checkpoints" / f"{round:06d}"
+    states = [entry["file"] for entry in _read_document(checkpoint)["clients"].values()]
+    of_it = [path.relative_to(run) for path in checkpoint.iterdir()]
+    for name in (*of_it, *states, *(name for name in _OF_A_RUN if (run / name).is_file())):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        _link(run / name, out / name)
+
+
+def put_back(taken: Path | None, run: Path) -> None:
+    """Make ``run`` what `take_out` took; without it, a run that has not begun. What others keep there stays."""
+    for name in ("checkpoints", "client_states"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in _OF_A_RUN:
+        (run / name).unlink(missing_ok=True)
+    if taken is not None:
+        shutil.copytree(taken, run, dirs_exist_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # not every file system can
+        shutil.copyfile(source, target)
 
 
 def forget_after(run: Path, round: int) -> None:

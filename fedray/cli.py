@@ -75,6 +75,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     sweep.set_defaults(command=_sweep)
 
     add_commands(commands)
+    tune = commands.add_parser("tune", help="search for good options with Ray Tune")
+    tune.add_argument("config", help="a YAML file, or a shipped experiment's name")
+    tune.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options on top, such as tune.trials=9"
+    )
+    tune.add_argument(
+        "--space", action="append", default=[], metavar="key=DISTRIBUTION", help="such as cohort='randint(5,20)'"
+    )
+    tune.add_argument("--out", required=True, metavar="DIR", help="the search's folder; it goes on if there")
+    tune.add_argument("--address", help="an existing cluster (default: the configuration's backend.address)")
+    tune.set_defaults(command=_tune)
 
     calibrate = commands.add_parser("calibrate", help="find the fastest way to compute clients on this machine")
     calibrate.add_argument("config", help="a YAML file, or a shipped experiment's name")
@@ -144,6 +155,21 @@ def _sweep(options: argparse.Namespace) -> None:
     print(table(found, options.metric))
     print(f"results: {options.out / 'results.csv'}\nreport: {options.out / 'report.html'}")
     if (error := failed(found)) is not None:
+        raise error
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from fedray.sweep import failed
+    from fedray.tune import changed, tune
+
+    found = tune(options.config, options.overrides, options.out, options.space, options.address)
+    print(found.table())
+    if found.ranked:
+        best = found.ranked[0]
+        made = "as it ended, after changes that its changes.jsonl lists" if changed(best) else "again"
+        print(f"best: {best.trial.folder}\n{made}: {found.command(best)}")
+    print(f"results: {found.out / 'results.csv'}\nreport: {found.out / 'report.html'}")
+    if (error := failed(found.outcomes)) is not None:
         raise error
 
 
@@ -253,9 +279,10 @@ def _show(options: argparse.Namespace) -> None:
     from fedray.catalogue import KINDS, components, top_level
     from fedray.config import nearest
     from fedray.options import options_of, summary, type_name, written
+    from fedray.search import Tuning
 
     everything = [(kind, name, made) for kind in KINDS for name, made in components(kind).items()]
-    everything.append(("configuration", "config", top_level()))
+    everything += [("configuration", "config", top_level()), ("configuration", "tune", Tuning)]
     found = [entry for entry in everything if entry[1] == options.name]
     if not found:
         names = [name for _, name, _ in everything]

@@ -37,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedray import catalogue
 from fedray.catalogue import Registry
 from fedray.errors import ConfigError, DataError
-from fedray.options import options_of, parameters, path_of, type_name, written
+from fedray.options import options_of, parameters, path_of, section_of, type_name, written
 
 
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -46,6 +46,22 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     Raises:
         ConfigError: the file cannot be read, or an override is not ``key=value``.
     """
+    config = _merged(source, overrides)
+    variables = _variables(config)
+    try:
+        resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        key = error.full_key
+        raise ConfigError(f"{key} cannot be resolved: {_one_line(error)}; give {key}=...") from None
+    return {key: value for key, value in resolved.items() if key not in variables}
+
+
+def unresolved(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same with variables and interpolations as they stand, so that further overrides reach all that they set."""
+    return cast(dict[str, Any], OmegaConf.to_container(_merged(source, overrides), resolve=False))
+
+
+def _merged(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
     where = "the configuration" if isinstance(source, Mapping) else str(source)
     with _explained(f"{where} cannot be read"):
         config = OmegaConf.create(_plain(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
@@ -54,13 +70,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].removesuffix(".name").count(".")):
         with _explained(f"the override {text!r} cannot be read"):
             _override(config, text)
-    variables = _variables(config)
-    try:
-        resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        key = error.full_key
-        raise ConfigError(f"{key} cannot be resolved: {_one_line(error)}; give {key}=...") from None
-    return {key: value for key, value in resolved.items() if key not in variables}
+    return config
 
 
 def _variables(config: DictConfig) -> set[str]:
@@ -106,7 +116,9 @@ def _registry_at(config: DictConfig, path: str) -> Registry:
     outer, _, key = path.rpartition(".")
     owner = catalogue.top_level()
     if outer:
-        owner = named(_registry_at(config, outer), OmegaConf.select(config, f"{outer}.name"), outer)
+        within = options_of(owner).get(outer)
+        section = section_of(within.annotation) if within else None
+        owner = section or named(_registry_at(config, outer), OmegaConf.select(config, f"{outer}.name"), outer)
     option = options_of(owner).get(key)
     kind = catalogue.kind_of(option.annotation) if option else None
     return catalogue.components(kind) if kind else {}
@@ -187,7 +199,8 @@ def check(
 ) -> dict[str, Any]:
     """The keyword arguments for ``function`` that ``options`` stand for; see `build` for ``dry``."""
     known = options_of(function)
-    label, prefix = (f"{where} ({name})", f"{where}.") if where else (name, "")
+    label = f"{where} ({name})" if where and name else where or name
+    prefix = f"{where}." if where else ""
     for key in options:
         if key not in known:
             raise ConfigError(f"{label} has no option {key!r}; {nearest(str(key), known)}")
@@ -212,6 +225,10 @@ def convert(value: Any, annotation: Any, where: str, dry: bool = False) -> Any:
     if catalogue.kind_of(annotation) is not None:
         return build(annotation, value, where, dry)
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if (section := section_of(annotation)) is not None and value is not None:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {_shown(value)}; it must be a mapping of its options")
+        return _call(section, (), check(section, value, where, ""), where)
     if origin in (typing.Union, types.UnionType):
         return _convert_to_one_of(value, arguments, where, dry)
     if origin is Literal:

@@ -14,6 +14,7 @@ from fedray.ledger import payload_bytes
 from fedray.rounds import Sampler, Select, draw
 from fedray.samplers import Population, uniform
 from fedray.schedules import Scene, Schedule
+from fedray.search import Tuning
 from fedray.trackers import TrackerFactory
 from fedray.trees import Params
 
@@ -37,6 +38,7 @@ class Experiment:
     profile: bool = False
     diversity: bool = False
     schedule: Schedule | None = None
+    lockstep: bool = False  # whoever has a record in hand finds the checkpoint whole, and nobody writing
 
     def select(self, params: Params) -> Select | None:
         """The schedule of a run that trains these params; None without one."""
@@ -53,11 +55,12 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment, and what is around it: where it runs, and who follows it."""
+    """An experiment, and what is around it: where it runs, who follows it, and what is searched."""
 
     experiment: Experiment
     launcher: Launcher
     trackers: Sequence[TrackerFactory]
+    tune: Tuning | None = None
 
 
 def experiment(
@@ -77,6 +80,7 @@ def experiment(
     profile: bool = False,
     diversity: bool = False,
     trackers: list[TrackerFactory] | None = None,
+    tune: Tuning | None = None,
 ) -> Plan:
     """The top level of a configuration.
 
@@ -96,6 +100,7 @@ def experiment(
         profile: Keep what the workers' time went to, round by round, and draw it in the report.
         diversity: Measure the gradient diversity of each round's updates.
         trackers: Where metrics are sent besides the run folder.
+        tune: What `fedray tune` searches, and how; a run only checks it.
     """
     counts = {"rounds": rounds, "cohort": cohort, "seed": seed, "evaluate_every": evaluate_every}
     _check_counts({**counts, "checkpoint_every": checkpoint_every, "keep_checkpoints": keep_checkpoints})
@@ -122,7 +127,7 @@ def experiment(
     state = algorithm.init(learner.params())  # and an algorithm that cannot train such a model
     if (select := made.select(state.params)) is not None:
         select(1)
-    return Plan(made, backend, trackers or ())
+    return Plan(made, backend, trackers or (), tune)
 
 
 def _check_counts(counts: Mapping[str, Any]) -> None:

@@ -75,6 +75,15 @@ def documented(function: Callable[..., Any]) -> dict[str, str]:
     return docs
 
 
+def section_of(annotation: Any) -> type | None:
+    """The dataclass whose fields are the options of a section, for a parameter that takes one (``Tuning | None``)."""
+    if get_origin(annotation) not in (typing.Union, types.UnionType):
+        return None
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    one = kinds[0] if len(kinds) == 1 else None
+    return one if isinstance(one, type) and dataclasses.is_dataclass(one) and catalogue.kind_of(one) is None else None
+
+
 def summary(function: Callable[..., Any]) -> str:
     """The first line of a docstring."""
     return (inspect.getdoc(function) or "").partition("\n")[0]

@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fedray.experiment import Plan, plan
 from fedray.learner import Task
 from fedray.progress import progress
 from fedray.report import RunRecord, read_run, write_report
+from fedray.report.read import flat
 from fedray.storage import Mirror, Place
 
 PACKAGES = (
@@ -80,13 +81,16 @@ def run(
     """
     values = config.read(source if isinstance(source, Mapping) else find(str(source)), overrides)
     made = plan(values)
+    values |= asdict(made.experiment.execution)  # what a rule chose stays chosen, whatever the rule becomes
+    values.pop("tune", None)  # it says nothing about this run
     name = "run" if isinstance(source, Mapping) else name_of(find(str(source)))
     folder = _unused(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}") if out is None else storage.place(out)
     if isinstance(folder, str):
         with storage.scratch(folder) as mirror:
             if mirror.files():
                 raise ConfigError(_not_empty(folder))
-            return _begin(made, values, mirror.folder, mirror)
+            _begin(made, values, mirror.folder)
+            return _to_the_end(made, values, mirror.folder, mirror)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         empty = not any(folder.iterdir())
@@ -94,19 +98,18 @@ def run(
         raise ConfigError(f"{folder} cannot be the run folder ({error.strerror}); choose another --out") from None
     if not empty:
         raise ConfigError(_not_empty(folder))
-    return _begin(made, values, folder)
+    _begin(made, values, folder)
+    return _to_the_end(made, values, folder)
 
 
 def _not_empty(folder: Place) -> str:
     return f"{folder} is not empty; choose another --out, or go on with: fedray resume {folder}"
 
 
-def _begin(made: Plan, values: dict[str, Any], folder: Path, mirror: Mirror | None = None) -> Run:
-    values |= asdict(made.experiment.execution)  # what a rule chose stays chosen, whatever the rule becomes
+def _begin(made: Plan, values: dict[str, Any], folder: Path) -> None:
     _save(values, folder)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     np.savez(folder / "partition.npz", **made.experiment.task.holdings())  # type: ignore[arg-type]
-    return _follow(made, values, folder, mirror)
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -150,7 +153,34 @@ def _resume(folder: Path, overrides: Sequence[str], mirror: Mirror | None = None
         raise ConfigError(f"rounds is {made.experiment.rounds}; {place} has already done {done}, which stay done")
     _check_same_data(made.experiment.task, folder / "partition.npz")
     _save(values, folder)
-    return _follow(made, values, folder, mirror)
+    return _to_the_end(made, values, folder, mirror)
+
+
+def trial(values: dict[str, Any], folder: Path) -> Generator[dict[str, Any]]:
+    """A run in a folder of its own, round by round: from the start, or on from its newest checkpoint.
+
+    It is for those who change options in mid-run, as population based training does. A change is a line of
+    ``changes.jsonl``: the round that was done, and each option before and after. While the caller has a record in
+    hand nothing is written, and the round's checkpoint, if one was due, is whole.
+
+    Args:
+        values: The configuration as it is from now on.
+        folder: The run folder, which may be new.
+
+    Raises:
+        ConfigError: a mistake in the configuration.
+        DataError: these options make other data, or another partition, than those that the run began with.
+    """
+    made = plan(values)
+    values = {**values, **asdict(made.experiment.execution)}
+    if (folder / "config.yaml").is_file():
+        _check_same_data(made.experiment.task, folder / "partition.npz")
+        _note_changes(values, folder)
+        _save(values, folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _begin(made, values, folder)
+    yield from _follow(replace(made, experiment=replace(made.experiment, lockstep=True)), values, folder)
 
 
 def shipped() -> dict[str, Path]:
@@ -193,7 +223,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _follow(made: Plan, values: dict[str, Any], folder: Path, mirror: Mirror | None = None) -> Run:
+def _note_changes(values: Mapping[str, Any], folder: Path) -> None:
+    before, after = dict(flat(config.read(folder / "config.yaml"))), dict(flat(values))
+    elsewhere = ("backend", "trackers")  # what may change without making it another run
+    keys = [key for key in {**before, **after} if key.partition(".")[0] not in elsewhere]
+    changed = {key: [before.get(key), after.get(key)] for key in keys if before.get(key) != after.get(key)}
+    if changed:
+        with (folder / "changes.jsonl").open("a") as file:
+            file.write(json.dumps({"round": newest_round(folder), **changed}) + "\n")
+
+
+def _to_the_end(made: Plan, values: dict[str, Any], folder: Path, mirror: Mirror | None = None) -> Run:
+    for _ in _follow(made, values, folder, mirror):
+        pass
+    return Run(mirror.uri if mirror else folder, finished=True)
+
+
+def _follow(made: Plan, values: dict[str, Any], folder: Path, mirror: Mirror | None = None) -> Iterator[dict[str, Any]]:
     place = mirror.uri if mirror else folder
     rounds = made.experiment.rounds
     start = newest_round(folder)
@@ -213,13 +259,13 @@ def _follow(made: Plan, values: dict[str, Any], folder: Path, mirror: Mirror | N
                     show(record)
                     for track in tracks:
                         track(record)
+                    yield record
             except Exception as error:
                 error.add_note(f"the run is in {place}; once the cause is mended, go on with: fedray resume {place}")
                 raise
         write_report([folder], folder / "report.html")
         if done < rounds:
             raise Interrupted(place)
-    return Run(place, finished=True)
 
 
 def _save(values: dict[str, Any], folder: Path) -> None:

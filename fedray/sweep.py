@@ -24,6 +24,7 @@ from fedray import config
 from fedray.errors import ConfigError, FedrayError
 from fedray.experiment import plan
 from fedray.report import read_run, write_report
+from fedray.report.read import short_names
 from fedray.runs import find, resume, run
 from fedray.seeds import seed_for
 
@@ -194,7 +195,8 @@ def _run(device: str, item: tuple[dict[str, Any], Trial]) -> Outcome:
 
 def _check_same(values: Mapping[str, Any], folder: Path) -> None:
     before = config.read(folder / "config.yaml")
-    other = [key for key, value in values.items() if key != "backend" and before.get(key) != value]
+    elsewhere = ("backend", "tune")  # what is no part of the run
+    other = [key for key, value in values.items() if key not in elsewhere and before.get(key) != value]
     if other:
         raise ConfigError(f"{folder} holds a trial with another {', '.join(other)}; choose another --out")
 
@@ -206,11 +208,11 @@ def write_results(outcomes: Sequence[Outcome], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["trial", *settings, *metrics, "error"])
-        for outcome in outcomes:
+        for name, outcome in zip(short_names([outcome.trial.folder for outcome in outcomes]), outcomes, strict=True):
             given = dict(outcome.trial.settings)
             error = outcome.error.strip().splitlines()[-1] if outcome.error else ""
             row = [*(given.get(key, "") for key in settings), *(outcome.final.get(key, "") for key in metrics)]
-            writer.writerow([outcome.trial.folder.name, *row, error])
+            writer.writerow([name, *row, error])
 
 
 def table(outcomes: Sequence[Outcome], metric: str = "test_accuracy", over: str = "seed") -> str:

@@ -112,6 +112,8 @@ def train(
                 # after the line: whoever dies between the two runs the round again, and writes the line again
                 writer.start(save, done, state, dict(backend.client_states.committed), ledger.entry())
                 saved = done
+                if experiment.lockstep:
+                    writer.check(wait=True)
                 between = {"checkpoint": time.perf_counter() - start}
             yield record
         if saved != done:
@@ -150,9 +152,9 @@ class _Aside:
         self._running.result()
         self._running = self._thread.submit(do, *arguments)
 
-    def check(self) -> None:
-        """Raise what went wrong, if it is known by now."""
-        if self._running.done():
+    def check(self, wait: bool = False) -> None:
+        """Raise what went wrong, if it is known by now, or wait for it."""
+        if wait or self._running.done():
             self._running.result()
 
     def __enter__(self) -> "_Aside":

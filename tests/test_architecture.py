@@ -74,6 +74,8 @@ def test_backends_are_for_those_who_start_runs(path):
         "fedray.calibrate",
         "fedray.generate",
         "fedray.sweep",
+        "fedray.tune",
+        "fedray.search",
         "fedray.cli",
         "fedray.commands",
     )
@@ -135,6 +137,7 @@ def test_the_top_is_imported_by_nobody_below():
         "fedray.cli",
         "fedray.submit",
         "fedray.sweep",
+        "fedray.tune",
     ]
 
 
@@ -179,6 +182,8 @@ def test_algorithms_load_neither_ray_nor_what_only_some_runs_need():
         "soundfile",
         "rich",
         "dp_accounting",
+        "pandas",
+        "optuna",
     }
     assert not algorithms & heavy
     assert not everything & (heavy - {"matplotlib"})  # which the report is drawn with

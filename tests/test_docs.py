@@ -35,6 +35,7 @@ from fedray.errors import DataError
 from fedray.experiment import plan
 from fedray.options import options_of
 from fedray.runs import find
+from fedray.search import DISTRIBUTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,7 +92,8 @@ named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 @named
 def test_what_looks_like_code_runs(page, tmp_path, monkeypatch, capsys, request):
     mine = [block for block in BLOCKS if block.page == page]
-    if any("fedray.backends.ray" in block.text for block in mine if block.language == "python"):
+    python = [block.text for block in mine if block.language == "python" and "not run" not in block.notes]
+    if any("fedray.backends.ray" in text or "from ray import" in text for text in python):
         request.getfixturevalue("ray_local")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -243,6 +245,7 @@ TABLES: dict[str, Callable[[Any], set[str]]] = {
     "run folder": files_of_a_run,
     "metrics.jsonl": keys_of_a_record,
     "profile": lambda _: set(PHASES),
+    "distributions": lambda _: set(DISTRIBUTIONS),
 }
 
 

@@ -4,13 +4,14 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedray.backends import Stop
@@ -30,6 +31,8 @@ from fedray.training import Record, train
 
 logger = logging.getLogger(__name__)
 
+_STOPS = 10.0  # seconds for the driver to say that it goes no further
+
 
 class _Driver:
     def __init__(self, threads: int, folder: str) -> None:
@@ -40,7 +43,7 @@ class _Driver:
 
     def run(
         self, experiment: Experiment, task: Sent, folder: str, resources: Resources, workers: list[Any]
-    ) -> Iterator[Record]:
+    ) -> Iterator[Record | None]:
         experiment = replace(experiment, task=receive(task))
         backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers)
         meter, deaths = Meter(Path(folder).name), 0
@@ -48,6 +51,10 @@ class _Driver:
             meter.tell(record, backend.num_workers, backend.deaths - deaths)
             deaths = backend.deaths
             yield record
+            if experiment.lockstep:
+                yield None  # is handed over, and the loop goes on, when the next record is asked for
+                if self._stop.is_set():
+                    return
 
     def stop(self) -> None:
         self._stop.set()
@@ -76,31 +83,42 @@ def drive(
         task = send(experiment.task)
         with hired(fitting, experiment.execution) as workers:  # here, so that they come up beside the driver
             experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets it go
-            seen, began, attempt = -1, newest_round(folder), 1
-            while True:
-                here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-                actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
-                driver = actor.remote(resources.threads, str(Path.cwd()))
-                run = driver.run.options(num_returns="streaming")
-                try:
-                    for record in _follow(run.remote(experiment, task, str(folder), resources, workers), driver, stop):
-                        for earlier in read_metrics(folder / "metrics.jsonl"):  # that a driver kept, and died
-                            if seen < earlier["round"] < record["round"]:
-                                yield earlier
-                        if record["round"] > seen:
-                            seen = record["round"]
-                            yield record
-                    return
-                except (RayActorError, RayTaskError, ObjectLostError) as error:
-                    lost = _lost(error)
-                    if lost is None:
-                        raise _cause(error) from None
-                    reached = newest_round(folder)
-                    attempt, began = (1 if reached > began else attempt + 1), reached
-                    if attempt > ATTEMPTS:
-                        raise FedrayError(f"{lost} {ATTEMPTS} times after round {began}: {first_line(error)}") from None
-                    logger.warning("%s; going on from the checkpoint of round %d", lost, reached)
-                    ray.kill(driver)  # it may be alive yet, beyond our reach
+            ahead = 1 if experiment.lockstep else -1  # results that may wait for being taken; -1: any number
+            began, attempt = newest_round(folder), 1
+            seen = began or -1
+            driver = None
+            try:
+                while True:
+                    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+                    actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
+                    driver = actor.remote(resources.threads, str(Path.cwd()))
+                    run = driver.run.options(num_returns="streaming", _generator_backpressure_num_objects=ahead)
+                    records = run.remote(experiment, task, str(folder), resources, workers)
+                    try:
+                        for record in _follow(records, driver, stop):
+                            for earlier in read_metrics(folder / "metrics.jsonl"):  # that a driver kept, and died
+                                if seen < earlier["round"] < record["round"]:
+                                    yield earlier
+                            if record["round"] > seen:
+                                seen = record["round"]
+                                yield record
+                        return
+                    except (RayActorError, RayTaskError, ObjectLostError) as error:
+                        lost = _lost(error)
+                        if lost is None:
+                            raise _cause(error) from None
+                        reached = newest_round(folder)
+                        attempt, began = (1 if reached > began else attempt + 1), reached
+                        if attempt > ATTEMPTS:
+                            what = f"{lost} {ATTEMPTS} times after round {began}: {first_line(error)}"
+                            raise FedrayError(what) from None
+                        logger.warning("%s; going on from the checkpoint of round %d", lost, reached)
+                        ray.kill(driver)  # it may be alive yet, beyond our reach
+            finally:  # whoever closes this generator may start another in its place
+                if driver is not None:
+                    with suppress(RayError):
+                        ray.get(driver.stop.remote(), timeout=_STOPS)
+                    ray.kill(driver)
 
 
 def _follow(records: Any, driver: Any, stop: Stop) -> Iterator[Record]:
@@ -115,7 +133,8 @@ def _follow(records: Any, driver: Any, stop: Stop) -> Iterator[Record]:
                 record = next(records)
             except StopIteration:
                 return
-            yield ray.get(record)
+            if (taken := ray.get(record)) is not None:
+                yield taken
 
 
 def _lost(error: Exception) -> str | None:

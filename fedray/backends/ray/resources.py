@@ -75,12 +75,17 @@ def _selector(labels: Sequence[str]) -> dict[str, str]:
 
 
 def start_workers(count: int, resources: Resources, execution: Execution, strategy: Any = None) -> list[Any]:
-    """So many worker actors with resources that are resolved; they come up while the caller goes on."""
+    """So many worker actors with resources that are resolved; they come up while the caller goes on.
+
+    Within a placement group, such as that of a Tune trial, they take what is reserved there.
+    """
+    if strategy is None and get_current_placement_group() is None:
+        strategy = "SPREAD" if resources.placement == "spread" else "DEFAULT"
     actor: Any = ray.remote(WorkerActor).options(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         label_selector=_selector(resources.labels),
-        scheduling_strategy=strategy or ("SPREAD" if resources.placement == "spread" else "DEFAULT"),
+        scheduling_strategy=strategy,
         max_restarts=-1,
     )
     return [actor.remote(resources.device, resources.threads, execution) for _ in range(count)]
