@@ -88,64 +88,67 @@ def lose_a_node_while_client_3_is_there():
     (MEETING / "loss-go").touch()
 
 
-seen = {}
-cluster = Cluster(
-    initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE, "_system_config": FAST_HEALTH}
-)
-nodes = [
-    cluster.add_node(num_cpus=4, num_gpus=2, object_store_memory=STORE, labels={"zone": zone}) for zone in ("a", "b")
-]
-cluster.wait_for_nodes()
-with connected(cluster.address, None):
-    backend = RayBackend(task, 4, Resources(placement="spread"))
-    seen["spread"] = places(backend)
-    params = Learner(task).params()
-    seen["same_evaluation"] = evaluate(task, params, backend) == evaluate(task, params, SerialBackend(task))
-    backend.close()
+if __name__ == "__main__":  # doctest imports every module
+    seen = {}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "object_store_memory": STORE, "_system_config": FAST_HEALTH},
+    )
+    nodes = [
+        cluster.add_node(num_cpus=4, num_gpus=2, object_store_memory=STORE, labels={"zone": zone})
+        for zone in ("a", "b")
+    ]
+    cluster.wait_for_nodes()
+    with connected(cluster.address, None):
+        backend = RayBackend(task, 4, Resources(placement="spread"))
+        seen["spread"] = places(backend)
+        params = Learner(task).params()
+        seen["same_evaluation"] = evaluate(task, params, backend) == evaluate(task, params, SerialBackend(task))
+        backend.close()
 
-    backend = RayBackend(task, 4, Resources(num_workers=3, num_gpus=0))
-    seen["packed"] = places(backend)
-    backend.close()
+        backend = RayBackend(task, 4, Resources(num_workers=3, num_gpus=0))
+        seen["packed"] = places(backend)
+        backend.close()
 
-    backend = RayBackend(task, 4, Resources(num_workers=2, num_gpus=0, placement="spread", labels=("zone=b",)))
-    seen["labelled"] = places(backend)
-    seen["labelled_node"] = nodes[1].node_id
-    backend.close()
+        backend = RayBackend(task, 4, Resources(num_workers=2, num_gpus=0, placement="spread", labels=("zone=b",)))
+        seen["labelled"] = places(backend)
+        seen["labelled_node"] = nodes[1].node_id
+        backend.close()
 
-    backend = RayBackend(task, 20, Resources(num_workers=50, min_workers=2, num_gpus=0))
-    seen["begun_with"] = backend.num_workers
-    backend.close()
+        backend = RayBackend(task, 20, Resources(num_workers=50, min_workers=2, num_gpus=0))
+        seen["begun_with"] = backend.num_workers
+        backend.close()
 
-    backend = RayBackend(task, 20, Resources(num_gpus=0))
-    seen["before"] = backend.num_workers
-    seen["undisturbed"] = backend.map_reduce(meet, "", cohort, mean())
-    helper = threading.Thread(target=lose_a_node_while_client_3_is_there)
-    helper.start()
-    seen["after_the_loss"] = backend.map_reduce(meet, "loss", cohort, mean())
-    helper.join()
-    backend.map_reduce(meet, "", cohort, mean())  # finds those who died after they had done their part
-    seen["left"] = backend.num_workers
+        backend = RayBackend(task, 20, Resources(num_gpus=0))
+        seen["before"] = backend.num_workers
+        seen["undisturbed"] = backend.map_reduce(meet, "", cohort, mean())
+        helper = threading.Thread(target=lose_a_node_while_client_3_is_there)
+        helper.start()
+        seen["after_the_loss"] = backend.map_reduce(meet, "loss", cohort, mean())
+        helper.join()
+        backend.map_reduce(meet, "", cohort, mean())  # finds those who died after they had done their part
+        seen["left"] = backend.num_workers
 
-    nodes += [cluster.add_node(num_cpus=4, object_store_memory=STORE) for _ in range(2)]
+        nodes += [cluster.add_node(num_cpus=4, object_store_memory=STORE) for _ in range(2)]
 
-    def all_are_up():
-        seen["after_the_nodes"] = backend.map_reduce(meet, "", cohort, mean())
-        return backend.num_workers == 12
+        def all_are_up():
+            seen["after_the_nodes"] = backend.map_reduce(meet, "", cohort, mean())
+            return backend.num_workers == 12
 
-    wait(all_are_up)
-    seen["joined"] = backend.num_workers
+        wait(all_are_up)
+        seen["joined"] = backend.num_workers
 
-    backend.map_reduce(keep, None, cohort, mean(), keeps_state=True)
-    backend.client_states.commit()
-    kill(nodes[-1])
-    try:
         backend.map_reduce(keep, None, cohort, mean(), keeps_state=True)
-    except ObjectLostError:
-        seen["lost_states"] = "ObjectLostError"
-    backend.close()
+        backend.client_states.commit()
+        kill(nodes[-1])
+        try:
+            backend.map_reduce(keep, None, cohort, mean(), keeps_state=True)
+        except ObjectLostError:
+            seen["lost_states"] = "ObjectLostError"
+        backend.close()
 
-    os.chdir(MEETING)  # elsewhere than where the cluster was started
-    fedray.run(CONFIG, ["backend={name: ray, num_workers: 2}"], "run")
-    seen["files"] = sorted(path.name for path in (MEETING / "run").iterdir())
-cluster.shutdown()
-print(json.dumps(seen))
+        os.chdir(MEETING)  # elsewhere than where the cluster was started
+        fedray.run(CONFIG, ["backend={name: ray, num_workers: 2}"], "run")
+        seen["files"] = sorted(path.name for path in (MEETING / "run").iterdir())
+    cluster.shutdown()
+    print(json.dumps(seen))

@@ -40,6 +40,7 @@ SENT = {
     "fednova": (1, 1, 8),  # and ‖a_i‖₁, a number
     "feddyn": (1, 1, 0),
     "moon": (1, 1, 0),
+    "fedbuff": (1, 1, 0),
     "dp_fedavg": (1, 1, 0),
     "fedlora": (1, 1, 0),  # whose other rules are counted in test_averaging.py
     "prism": (0, 1, 11),  # a bit for each of 84 weights, and scores
