@@ -4,31 +4,19 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import command
 
 import fedray
 from fedray.report import read_metrics
 
 OPTIONS = ["rounds=12", "cohort=4", "checkpoint_every=3", "algorithm.name=scaffold", "task.partition.num_clients=10"]
 DEADLINE = 120  # seconds for a process to get somewhere
-
-
-def command(*arguments):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedray", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def wait_for_round(folder: Path, number: int, process: subprocess.Popen) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import command
 from omegaconf import OmegaConf
 
 import fedray
@@ -206,18 +207,6 @@ def test_a_trial_runs_in_its_own_process_unless_it_is_told_how_many_workers_to_h
 
 
 # searches
-
-
-def command(*arguments) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedray", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def test_a_search_that_is_killed_goes_on_by_the_same_command(tmp_path, monkeypatch):

@@ -34,15 +34,8 @@ from fedray.report.compare import (
 from fedray.report.read import RunRecord, flat, read_run, scalars
 
 _MAX_MULTIPLES = 36  # small pictures of what the algorithm reported
-_TOLD = {
-    "round",
-    "train_loss",
-    "test_loss",
-    "test_accuracy",
-    "clients_sampled",
-    "seconds",
-    "virtual_seconds",
-}  # elsewhere on the page
+# elsewhere on the page
+_TOLD = {"round", "train_loss", "test_loss", "test_accuracy", "clients_sampled", "seconds", "virtual_seconds"}
 _IDLE = "A worker is idle while it waits for another or for the driver, whose broadcast and merge are counted apart."
 
 

@@ -137,9 +137,8 @@ class RayBackend:
             # states are values of their own among the results, so that they outlive the worker and can go to another
             states = [self.client_states.of(client) for client in members(share)] if keeps_state else []
             if attempt > 1:
-                ray.get(
-                    [state for state in states if state is not None]
-                )  # those that were lost with a node are nobody's fault here: it is raised as it is
+                # those that were lost with a node are nobody's fault here: it is raised as it is
+                ray.get([state for state in states if state is not None])
             call = worker.fold.options(num_returns=2 + len(states))
             return call.remote(self._task, told, sent, share, *states)
 
@@ -159,7 +158,7 @@ class RayBackend:
         kept: list[tuple[Client, ray.ObjectRef]] = []
         took: dict[Any, tuple[float, float]] = {}
         busy = 0.0
-        for share, value, worker, _ in self._crew.hand_out(start, shares, collect, limit):
+        for share, value, worker in self._crew.hand_out(start, shares, collect, limit):
             if isinstance(value, Crash):
                 partials.append(_lost(share, value))
                 continue
@@ -169,8 +168,9 @@ class RayBackend:
             busy += sum(partial.seconds.values())
             if costs is not None:
                 took[worker] = sum(map(costs.of, share)), sum(partial.took)
+                [speed] = self._speeds.of([worker])
                 for unit, seconds in zip(share, partial.took, strict=False):
-                    costs.learn(unit, seconds * self._speeds.of([worker])[0])
+                    costs.learn(unit, seconds * speed)
             kept += [pair for pair in zip(members(share), refs[1:], strict=False) if pair[0].slot in partial.keepers]
             if accumulator is None:
                 waiting.append(refs[0])
@@ -202,7 +202,7 @@ class RayBackend:
             return [worker.map.remote(self._task, fn, [items[i] for i in share])]
 
         results: dict[int, Any] = {}
-        for [i], value, *_ in self._crew.hand_out(start, [[i] for i in range(len(items))]):
+        for [i], value, _ in self._crew.hand_out(start, [[i] for i in range(len(items))]):
             if isinstance(value, Crash):
                 raise FedrayError(f"item {i} of a map {value}")
             [results[i]] = value

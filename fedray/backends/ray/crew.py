@@ -26,12 +26,11 @@ class Crash(str):
 
 
 class Done(NamedTuple):
-    """A share of the work, what came of it, and who did it in how many seconds."""
+    """A share of the work, what came of it, and who did it."""
 
     share: list[Any]
     value: Any
     actor: Any
-    seconds: float
 
 
 class Crew:
@@ -126,7 +125,6 @@ class Crew:
                 told = True
             for first in ready:
                 actor, share, attempt, refs, began = running.pop(first)
-                seconds = time.monotonic() - began
                 try:
                     value = collect(refs)
                 except _DEAD as error:
@@ -138,10 +136,10 @@ class Crew:
                         )
                         queue.extend((part, attempt + 1) for part in parts)
                         continue
-                    hung = limit is not None and seconds >= limit
+                    hung = limit is not None and time.monotonic() - began >= limit
                     did = f"did not end within client_timeout = {limit:g} s" if hung else "took its worker down"
                     value = Crash(f"{did} {attempt} times: {first_line(error)}")
-                yield Done(share, value, actor, seconds)
+                yield Done(share, value, actor)
 
 
 def free() -> str:

@@ -3,8 +3,8 @@
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -83,42 +83,47 @@ def drive(
         task = send(experiment.task)
         with hired(fitting, experiment.execution) as workers:  # here, so that they come up beside the driver
             experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets it go
-            ahead = 1 if experiment.lockstep else -1  # results that may wait for being taken; -1: any number
             began, attempt = newest_round(folder), 1
             seen = began or -1
-            driver = None
-            try:
-                while True:
-                    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-                    actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
-                    driver = actor.remote(resources.threads, str(Path.cwd()))
-                    run = driver.run.options(num_returns="streaming", _generator_backpressure_num_objects=ahead)
-                    records = run.remote(experiment, task, str(folder), resources, workers)
-                    try:
-                        for record in _follow(records, driver, stop):
-                            for earlier in read_metrics(folder / "metrics.jsonl"):  # that a driver kept, and died
-                                if seen < earlier["round"] < record["round"]:
-                                    yield earlier
+            while True:
+                try:
+                    with closing(_driven(experiment, task, folder, resources, workers, stop)) as records:
+                        for record in records:
+                            if record["round"] > seen + 1:  # the driver before kept some, and died
+                                for earlier in read_metrics(folder / "metrics.jsonl"):
+                                    if seen < earlier["round"] < record["round"]:
+                                        yield earlier
                             if record["round"] > seen:
                                 seen = record["round"]
                                 yield record
-                        return
-                    except (RayActorError, RayTaskError, ObjectLostError) as error:
-                        lost = _lost(error)
-                        if lost is None:
-                            raise _cause(error) from None
-                        reached = newest_round(folder)
-                        attempt, began = (1 if reached > began else attempt + 1), reached
-                        if attempt > ATTEMPTS:
-                            what = f"{lost} {ATTEMPTS} times after round {began}: {first_line(error)}"
-                            raise FedrayError(what) from None
-                        logger.warning("%s; going on from the checkpoint of round %d", lost, reached)
-                        ray.kill(driver)  # it may be alive yet, beyond our reach
-            finally:  # whoever closes this generator may start another in its place
-                if driver is not None:
-                    with suppress(RayError):
-                        ray.get(driver.stop.remote(), timeout=_STOPS)
-                    ray.kill(driver)
+                    return
+                except (RayActorError, RayTaskError, ObjectLostError) as error:
+                    lost = _lost(error)
+                    if lost is None:
+                        raise _cause(error) from None
+                    reached = newest_round(folder)
+                    attempt, began = (1 if reached > began else attempt + 1), reached
+                    if attempt > ATTEMPTS:
+                        what = f"{lost} {ATTEMPTS} times after round {began}: {first_line(error)}"
+                        raise FedrayError(what) from None
+                    logger.warning("%s; going on from the checkpoint of round %d", lost, reached)
+
+
+def _driven(
+    experiment: Experiment, task: Sent, folder: Path, resources: Resources, workers: list[Any], stop: Stop
+) -> Generator[Record]:
+    """What one driver actor reports; it is gone when this ends, so that another one can take its place."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(_Driver).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here)
+    driver = actor.remote(resources.threads, str(Path.cwd()))
+    ahead = 1 if experiment.lockstep else -1  # results that may wait for being taken; -1: any number
+    run = driver.run.options(num_returns="streaming", _generator_backpressure_num_objects=ahead)
+    try:
+        yield from _follow(run.remote(experiment, task, str(folder), resources, workers), driver, stop)
+    finally:
+        with suppress(RayError):
+            ray.get(driver.stop.remote(), timeout=_STOPS)
+        ray.kill(driver)  # it may be alive, even beyond our reach
 
 
 def _follow(records: Any, driver: Any, stop: Stop) -> Iterator[Record]:

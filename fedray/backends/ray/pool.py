@@ -25,7 +25,7 @@ def stream(crew: Crew, make: Make, items: Sequence[Any]) -> Iterator[tuple[int, 
         return [actor.call.remote(made, items[share[0]])]
 
     try:
-        for [number], value, *_ in crew.hand_out(start, [[number] for number in range(len(items))]):
+        for [number], value, _ in crew.hand_out(start, [[number] for number in range(len(items))]):
             if isinstance(value, Crash):
                 raise FedrayError(f"item {number} of {len(items)} {value}")
             yield number, value

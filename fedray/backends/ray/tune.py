@@ -14,6 +14,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from fedray.backends import on_ray
 from fedray.backends.ray.cluster import connected
+from fedray.backends.ray.resources import nodes
 from fedray.backends.ray.schedulers import Setting
 from fedray.backends.ray.scheduling import Population, number_of
 from fedray.checkpoint import put_back, take_out
@@ -60,11 +61,11 @@ def _bundle(cpus: float, gpus: float) -> dict[str, float]:
 
 def _check_room(asked: tune.PlacementGroupFactory) -> None:
     """What can never start would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    every = nodes(())
     for name, options in (("CPU", "tune.num_cpus"), ("GPU", "tune.num_gpus")):
-        wanted, there = asked.required_resources.get(name, 0.0), sum(node.get(name, 0.0) for node in nodes)
+        wanted, there = asked.required_resources.get(name, 0.0), sum(node.get(name, 0.0) for node in every)
         largest = max((bundle.get(name, 0.0) for bundle in asked.bundles), default=0.0)
-        if wanted > there or largest > max(node.get(name, 0.0) for node in nodes):
+        if wanted > there or largest > max(node.get(name, 0.0) for node in every):
             raise ConfigError(
                 f"a trial asks for {wanted:g} {name}s ({len(asked.bundles)} processes, up to {largest:g} each); the "
                 f"cluster has {there:g}: lower {options}, backend.num_workers or what a worker reserves"
