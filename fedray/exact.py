@@ -13,10 +13,10 @@ Tensors of whole numbers are summed exactly, up to 2^62.
 Plain numbers are summed as exact fractions; one that is not finite makes the sum NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,18 @@ _LARGEST_SUM = 2.0 ** (63 - FRACTION_BITS) - 1  # less 1, for the rounding of th
 _LARGEST_WHOLE_SUM = 2.0**62
 _MAGIC = 1.5 * 2.0 ** (52 - FRACTION_BITS)  # adding it leaves the fixed-point value in the low mantissa bits
 _MAGIC_BITS = torch.tensor(_MAGIC, dtype=torch.float64).view(torch.int64).item()
-_CHUNK = 1 << 16  # elements at a time, so that the temporaries stay in a CPU's cache
+_CHUNK = 1 << 16  # numbers at a time, so that the temporaries stay in a CPU's cache
+_LARGE_CHUNK = 1 << 24  # on a GPU, where it is the number of kernels that costs
 
 
 Number = Fraction | float  # a float only when it is NaN
+Kind = tuple[Any, ...]  # (dtype, shape) of a tensor, or the name of another type
+Layout = Any  # a tree of kinds
 
 
 @dataclass(frozen=True)
-class Sum:
-    """The exact sum of one leaf: ``total`` × 2^-fraction_bits, and a bound on the sum of magnitudes.
+class Vector:
+    """The exact sum of all tensors of a sort, end to end: ``total`` × 2^-fraction_bits, and a bound on magnitudes.
 
     ``total`` still holds the magic number as often as ``lifted`` says; taking it off once, at the end, costs one pass
     less a term. That the sum goes round in 64 bits on the way changes nothing, for so does the subtraction.
@@ -46,8 +49,7 @@ class Sum:
 
     total: torch.Tensor
     fraction_bits: int
-    dtype: torch.dtype
-    bound: float
+    bound: float = 0.0
     lifted: int = 0
 
     @property
@@ -62,8 +64,26 @@ class Sum:
         return _LARGEST_SUM if self.fraction_bits else _LARGEST_WHOLE_SUM
 
 
-def add_term(total: Tree | None, term: Tree, weight: float) -> Tree:
-    """Add ``weight * term`` to ``total`` (in place where it can), starting from ``None``.
+@dataclass(frozen=True)
+class Sum:
+    """The exact sum of trees that are alike, their leaves in the order of their names.
+
+    A tree's tensors are summed as one vector, so that what a term costs is its numbers, not its number of tensors.
+    """
+
+    layout: Layout
+    floats: Vector
+    wholes: Vector
+    numbers: tuple[Number, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its vectors."""
+        return self.floats.total.nbytes + self.wholes.total.nbytes
+
+
+def add_term(total: Sum | None, term: Tree, weight: float) -> Sum:
+    """Add ``weight * term`` to ``total`` (in place), starting from ``None``.
 
     Raises:
         OverflowError: a tensor is not finite or leaves the range of the sum; ``total`` is as it was.
@@ -71,13 +91,10 @@ def add_term(total: Tree | None, term: Tree, weight: float) -> Tree:
     """
     if not isfinite(weight):
         raise OverflowError(f"a weight is {weight}")
-    if total is None:
-        total = tree_map(_zero, term)
-    bounds = tree_map(lambda t, x: _bound(t, x, weight), total, term)  # all checks before the first write
-    return tree_map(lambda t, x, bound: _add(t, x, weight, bound), total, term, bounds)
+    return _add(total, tree_map(lambda x: x[None] if isinstance(x, torch.Tensor) else [x], term), [weight])
 
 
-def add_stack(total: Tree | None, terms: Tree, weights: Sequence[float]) -> Tree:
+def add_stack(total: Sum | None, terms: Tree, weights: Sequence[float]) -> Sum:
     """``add_term`` for every row of stacked terms (a vector stands for every number), in one pass, with the same bits.
 
     Raises:
@@ -86,118 +103,128 @@ def add_stack(total: Tree | None, terms: Tree, weights: Sequence[float]) -> Tree
     """
     if not all(float(weight).is_integer() for weight in weights):
         raise ValueError(f"the weights are {list(weights)}; a stack needs whole ones")
-    if total is None:
-        total = tree_map(lambda x: _zero(_row(x, 0)), terms)
-    bounds = tree_map(lambda t, x: _stack_bound(t, x, weights), total, terms)
-    return tree_map(lambda t, x, bound: _add_stack(t, x, weights, bound), total, terms, bounds)
+    return _add(total, terms, weights)
 
 
-def merge(left: Tree | None, right: Tree | None) -> Tree | None:
+def merge(left: Sum | None, right: Sum | None) -> Sum | None:
     """The sum of two sums."""
     if left is None or right is None:
         return right if left is None else left
-    return tree_map(_merge, left, right)
+    for expected, kind in zip(_leaves(left.layout, left.layout), _leaves(left.layout, right.layout), strict=True):
+        _same_kind(expected, kind)
+    floats, wholes = _merge(left.floats, right.floats), _merge(left.wholes, right.wholes)
+    return Sum(left.layout, floats, wholes, tuple(map(_add_numbers, left.numbers, right.numbers)))
 
 
-def value(total: Tree, divisor: Fraction = Fraction(1)) -> Tree:
+def value(total: Sum, divisor: Fraction = Fraction(1)) -> Tree:
     """The sum over ``divisor``, in the dtype of its terms (float32 for whole-number and boolean terms)."""
+    vectors = [
+        vector.fixed.double() * float(Fraction(1, 2**vector.fraction_bits) / divisor)
+        for vector in (total.floats, total.wholes)
+    ]
+    ends, numbers = [0, 0], iter(total.numbers)
 
-    def leaf(sum: Sum | Number) -> torch.Tensor | float:
-        if not isinstance(sum, Sum):
-            return float(sum / divisor)
-        factor = float(Fraction(1, 2**sum.fraction_bits) / divisor)
-        return (sum.fixed.double() * factor).to(sum.dtype if sum.dtype.is_floating_point else torch.float32)
+    def leaf(kind: Kind) -> torch.Tensor | float:
+        if not _is_tensor(kind):
+            return float(next(numbers) / divisor)
+        (dtype, shape), whole = kind, _is_whole(kind)
+        start, ends[whole] = ends[whole], ends[whole] + prod(shape)
+        return vectors[whole][start : ends[whole]].view(shape).to(torch.float32 if whole else dtype, copy=True)
 
-    return tree_map(leaf, total)
-
-
-def _zero(term: torch.Tensor | float) -> Sum | Fraction:
-    if not isinstance(term, torch.Tensor):
-        return Fraction(0)
-    bits = FRACTION_BITS if term.dtype.is_floating_point else 0
-    return Sum(torch.zeros(term.shape, dtype=torch.int64, device=term.device), bits, term.dtype, 0.0)
-
-
-def _bound(total: Sum | Number, term: torch.Tensor | float, weight: float) -> float:
-    _same_kind(total, term)
-    if not isinstance(total, Sum) or not isinstance(term, torch.Tensor):
-        return 0.0
-    return _next_bound(total, term, weight)
+    return _rebuilt(total.layout, map(leaf, _leaves(total.layout, total.layout)))
 
 
-def _stack_bound(total: Sum | Number, terms: Any, weights: Sequence[float]) -> float:
-    _same_kind(total, _row(terms, 0))
-    if not isinstance(total, Sum):
-        return 0.0
-    return _next_bound(total, terms, sum(abs(weight) for weight in weights))
+def _add(total: Sum | None, terms: Tree, weights: Sequence[float]) -> Sum:
+    """Add the rows of stacked terms, each times its weight."""
+    layout = tree_map(lambda rows: _kind(rows, first=True), terms) if total is None else total.layout
+    kinds, leaves = _leaves(layout, layout), _leaves(layout, terms)
+    for kind, rows in zip(kinds, leaves, strict=True):
+        _same_kind(kind, _kind(rows))
+    sorts: tuple[list[Any], ...] = [], [], []  # floating, whole, and plain numbers
+    for kind, rows in zip(kinds, leaves, strict=True):
+        if _is_tensor(kind):
+            sorts[_is_whole(kind)].append(rows.detach().flatten(1) if rows.dim() > 1 else rows.detach()[:, None])
+        else:
+            sorts[2].append(rows)
+    if total is None:
+        total = Sum(layout, _zero(sorts[0], FRACTION_BITS), _zero(sorts[1], 0), (Fraction(0),) * len(sorts[2]))
+    floats, wholes = _chunks(sorts[0], len(weights)), _chunks(sorts[1], len(weights))
+    bounds = _bound(total.floats, floats, weights), _bound(total.wholes, wholes, weights)  # before the first write
+    return Sum(
+        layout,
+        _add_chunks(total.floats, floats, weights, bounds[0]),
+        _add_chunks(total.wholes, wholes, weights, bounds[1]),
+        tuple(_add_rows(*pair, weights) for pair in zip(total.numbers, sorts[2], strict=True)),
+    )
 
 
-def _next_bound(total: Sum, term: torch.Tensor, weight: float) -> float:
-    """The sum's bound after ``term``, times ``weight``; an error if it leaves the range."""
-    whole = float(weight).is_integer()
-    if not whole and total.fraction_bits == 0:
-        raise ValueError(f"a tensor of {term.dtype} was sent with weight {weight}; whole numbers need whole weights")
-    if term.numel() == 0:
-        return total.bound
-    low, high = torch.aminmax(term.detach())
-    largest = max(-float(low), float(high)) if isfinite(float(low)) else float("nan")
-    size = abs(weight)
-    rounding = max(1.0, size) * 2.0**-total.fraction_bits  # generous: twice what it can come to
-    bound = total.bound + size * largest + rounding
-    within = total.fraction_bits == 0 or largest * (1.0 if whole else max(1.0, size)) < _LARGEST_TERM
-    if not (within and bound < total.limit):
+def _zero(tensors: list[torch.Tensor], fraction_bits: int) -> Vector:
+    device = tensors[0].device if tensors else None
+    return Vector(torch.zeros(sum(x.shape[1] for x in tensors), dtype=torch.int64, device=device), fraction_bits)
+
+
+Chunk = tuple[int, list[torch.Tensor]]  # where it starts, and its pieces (rows, ...), which lie end to end
+
+
+def _chunks(tensors: list[torch.Tensor], rows: int) -> list[Chunk]:
+    if not tensors:
+        return []
+    width = max(1, (_CHUNK if tensors[0].device.type == "cpu" else _LARGE_CHUNK) // rows)
+    chunks: list[Chunk] = []
+    end = 0
+    for tensor in tensors:
+        at = 0
+        while at < tensor.shape[1]:
+            if end % width == 0:
+                chunks.append((end, []))
+            piece = tensor[:, at : at + width - end % width]
+            chunks[-1][1].append(piece)
+            at, end = at + piece.shape[1], end + piece.shape[1]
+    return chunks
+
+
+def _bound(vector: Vector, chunks: list[Chunk], weights: Sequence[float]) -> float:
+    """The vector's bound after the chunks, times the weights; an error if it leaves the range."""
+    if not chunks:
+        return vector.bound
+    whole, size = _are_whole(weights), sum(abs(weight) for weight in weights)
+    if not whole and vector.fraction_bits == 0:
+        kind = chunks[0][1][0].dtype
+        raise ValueError(f"a tensor of {kind} was sent with weight {weights[0]}; whole numbers need whole weights")
+    extremes = [torch.aminmax(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)) for _, pieces in chunks]
+    lows, highs = (torch.stack(each) for each in zip(*extremes, strict=True))
+    low, high = torch.stack([lows.amin(), highs.amax()]).tolist()  # a GPU is waited for once
+    largest = max(-low, high) if isfinite(low) else float("nan")
+    rounding = max(1.0, size) * 2.0**-vector.fraction_bits  # generous: twice what it can come to
+    bound = vector.bound + size * largest + rounding
+    within = vector.fraction_bits == 0 or largest * (1.0 if whole else max(1.0, size)) < _LARGEST_TERM
+    if not (within and bound < vector.limit):
         raise OverflowError(
-            f"a sent tensor reaches {largest:g} with weight {weight:g}: training diverged (try a smaller local_lr), "
-            f"or the update is too large for the exact sum (terms below {_LARGEST_TERM:g}, sums below {total.limit:g})"
+            f"a sent tensor reaches {largest:g} with weight {size:g}: training diverged (try a smaller local_lr), "
+            f"or the update is too large for the exact sum (terms below {_LARGEST_TERM:g}, sums below {vector.limit:g})"
         )
     return bound
 
 
-def _add(total: Sum | Number, term: torch.Tensor | float, weight: float, bound: float) -> Sum | Number:
-    if not isinstance(term, torch.Tensor):
-        return _add_numbers(total, Fraction(term) * Fraction(weight) if isfinite(term) else float("nan"))
-    assert isinstance(total, Sum)  # as `_bound` has made sure
-    term = term.detach()
-    if total.fraction_bits == 0:
-        total.total.add_(term.to(torch.int64), alpha=int(weight))
-        return replace(total, bound=bound)
-    whole = float(weight).is_integer()
-    times = int(weight) if whole else 1
-    flat_total, flat_term = total.total.view(-1), term.reshape(-1)
-    chunk = _CHUNK if term.device.type == "cpu" else max(1, flat_term.numel())
-    buffer = torch.empty(min(chunk, flat_term.numel()), dtype=torch.float64, device=term.device)
-    for start in range(0, flat_term.numel(), chunk):
-        piece = flat_term[start : start + chunk]
-        fixed = buffer[: piece.numel()].copy_(piece)
-        if not whole:
-            fixed.mul_(weight)
-        _plus(flat_total[start : start + chunk], fixed.add_(_MAGIC).view(torch.int64), times)
-    return replace(total, bound=bound, lifted=total.lifted + times)
+def _add_chunks(vector: Vector, chunks: list[Chunk], weights: Sequence[float], bound: float) -> Vector:
+    whole = _are_whole(weights)
+    factors = [int(weight) for weight in weights] if whole else [1]
+    times = factors[0] if len(set(factors)) == 1 else None  # as mostly; then one factor does for the sum of the rows
+    memory = torch.empty(0, dtype=torch.float64 if vector.fraction_bits else torch.int64, device=vector.total.device)
+    for start, pieces in chunks:
+        joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        fixed = memory.resize_(joined.shape).copy_(joined)  # the same memory again and again, which stays in the cache
+        if vector.fraction_bits:
+            fixed = (fixed if whole else fixed.mul_(weights[0])).add_(_MAGIC).view(torch.int64)
+        if times is None:
+            fixed *= torch.tensor(factors, device=fixed.device)[:, None]
+        summed = fixed[0] if len(fixed) == 1 else fixed.sum(0)
+        _add_into(vector.total[start : start + len(summed)], summed, 1 if times is None else times)
+    lifted = sum(factors) if vector.fraction_bits else 0
+    return replace(vector, bound=bound, lifted=vector.lifted + lifted)
 
 
-def _add_stack(total: Sum | Number, terms: Any, weights: Sequence[float], bound: float) -> Sum | Number:
-    if not isinstance(total, Sum):
-        for row, weight in enumerate(weights):
-            total = _add(total, _row(terms, row), weight, bound)
-        return total
-    factors = [int(weight) for weight in weights]
-    same = len(set(factors)) == 1  # as mostly; then one factor does for the sum of the rows
-    column = None if same else torch.tensor(factors, device=terms.device).view(-1, 1)
-    times = factors[0] if same else 1
-    flat_total, rows = total.total.view(-1), terms.detach().flatten(1) if terms.dim() > 1 else terms.detach()[:, None]
-    chunk = max(1, _CHUNK // len(rows)) if terms.device.type == "cpu" else max(1, rows.shape[1])
-    for start in range(0, rows.shape[1], chunk):
-        piece = rows[:, start : start + chunk]
-        if total.fraction_bits:
-            fixed = piece.to(torch.float64, copy=True).add_(_MAGIC).view(torch.int64)
-        else:
-            fixed = piece.to(torch.int64, copy=True)
-        summed = (fixed if column is None else fixed.mul_(column)).sum(0)
-        _plus(flat_total[start : start + chunk], summed, times)
-    return replace(total, bound=bound, lifted=total.lifted + (sum(factors) if total.fraction_bits else 0))
-
-
-def _plus(total: torch.Tensor, fixed: torch.Tensor, times: int) -> None:
+def _add_into(total: torch.Tensor, fixed: torch.Tensor, times: int) -> None:
     """Add ``times * fixed`` to ``total``; both are written to."""
     if total.device.type != "cpu":
         total.add_(fixed, alpha=times)
@@ -208,40 +235,70 @@ def _plus(total: torch.Tensor, fixed: torch.Tensor, times: int) -> None:
     np.add(left, right, out=left)
 
 
-def _row(terms: Any, row: int) -> Any:
-    return terms[row] if isinstance(terms, torch.Tensor) else float(terms[row])
+def _add_rows(total: Number, rows: Sequence[float], weights: Sequence[float]) -> Number:
+    for number, weight in zip(map(float, rows), weights, strict=True):
+        term = Fraction(number) * Fraction(weight) if isfinite(number) else float("nan")
+        total = _add_numbers(total, term)
+    return total
 
 
-def _add_numbers(left: object, right: object) -> Number:
+def _add_numbers(left: Number, right: Number) -> Number:
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left + right
     return float("nan")  # once a number was not finite, the sum stays so
 
 
-def _merge(left: Sum | Number, right: Sum | Number) -> Sum | Number:
-    _same_kind(left, right)
-    if not isinstance(left, Sum) or not isinstance(right, Sum):
-        return _add_numbers(left, right)
+def _merge(left: Vector, right: Vector) -> Vector:
     bound = left.bound + right.bound
-    if not bound < left.limit:
+    if len(left.total) and not bound < left.limit:
         raise OverflowError(f"the sum of what the clients sent reaches {bound:g}; it must stay below {left.limit:g}")
     return replace(left, total=left.total + right.total, bound=bound, lifted=left.lifted + right.lifted)
 
 
-def _same_kind(one: Any, other: Any) -> None:
+def _are_whole(weights: Sequence[float]) -> bool:
+    return all(float(weight).is_integer() for weight in weights)
+
+
+# A tree's leaves, by their names: two trees with the same names have the same order, whatever was inserted first
+
+
+def _leaves(layout: Layout, tree: Tree) -> list[Any]:
+    if not isinstance(layout, dict):
+        return [tree]
+    if not isinstance(tree, dict) or tree.keys() != layout.keys():
+        odd = sorted(set(tree) ^ set(layout)) if isinstance(tree, dict) else sorted(layout)
+        raise ValueError(f"the trees differ in {odd}; both must have the same keys")
+    return [leaf for name in sorted(layout) for leaf in _leaves(layout[name], tree[name])]
+
+
+def _rebuilt(layout: Layout, leaves: Iterator[Any]) -> Tree:
+    if not isinstance(layout, dict):
+        return next(leaves)
+    made = {name: _rebuilt(layout[name], leaves) for name in sorted(layout)}
+    return {name: made[name] for name in layout}
+
+
+def _kind(rows: Any, first: bool = False) -> Kind:
+    """Of what each row is; the first one to come decides: a tensor or a number."""
+    if isinstance(rows, torch.Tensor):
+        return rows.dtype, tuple(rows.shape[1:])
+    is_number = first or isinstance(rows, np.ndarray) or isinstance(rows[0], int | float | Fraction)
+    return ("number" if is_number else type(rows[0]).__name__,)
+
+
+def _is_tensor(kind: Kind) -> bool:
+    return len(kind) == 2
+
+
+def _is_whole(kind: Kind) -> bool:
+    return not kind[0].is_floating_point
+
+
+def _same_kind(expected: Kind, kind: Kind) -> None:
     # PyTorch would broadcast another shape, and truncate fractions, without a word
-    expected, kind = _kind(one), _kind(other)
     if kind != expected:
         raise ValueError(f"a client sent {_words(kind)} where {_words(expected)} belongs")
 
 
-def _kind(leaf: Any) -> tuple[Any, ...]:
-    if isinstance(leaf, Sum):
-        return leaf.dtype, leaf.total.shape
-    if isinstance(leaf, torch.Tensor):
-        return leaf.dtype, leaf.shape
-    return ("number" if isinstance(leaf, int | float | Fraction) else type(leaf).__name__,)
-
-
-def _words(kind: tuple[Any, ...]) -> str:
-    return f"a tensor of {kind[0]} with shape {tuple(kind[1])}" if len(kind) == 2 else f"a {kind[0]}"
+def _words(kind: Kind) -> str:
+    return f"a tensor of {kind[0]} with shape {kind[1]}" if _is_tensor(kind) else f"a {kind[0]}"

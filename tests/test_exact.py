@@ -79,19 +79,16 @@ def test_any_order_and_any_grouping_give_the_same_bits(terms: Any, random: Any, 
     whole = total_of(terms)
     divisor = Fraction(random.randint(1, 1000), 7)
     assert_same_bits(exact.value(partials[0], divisor), exact.value(whole, divisor))
-    assert torch.equal(partials[0]["v"].fixed, whole["v"].fixed)
+    assert torch.equal(partials[0].floats.fixed, whole.floats.fixed)
 
 
 @quick
 @given(terms())
 def test_the_error_is_half_a_quantum_a_term(terms: Any):
     total = total_of(terms)
-    for path in (("v",), ("deep", "scalar")):
-        leaf = total
-        for name in path:
-            leaf = leaf[name]
-        for fixed, expected in zip(leaf.fixed.reshape(-1).tolist(), fractions(terms, *path), strict=True):
-            assert abs(fixed * QUANTUM - expected) <= error_bound(terms)
+    expected = fractions(terms, "deep", "scalar") + fractions(terms, "v")  # in the order of their names
+    for fixed, sum_of_fractions in zip(total.floats.fixed.tolist(), expected, strict=True):
+        assert abs(fixed * QUANTUM - sum_of_fractions) <= error_bound(terms)
     assert exact.value(total)["deep"]["number"] == float(fractions(terms, "deep", "number")[0])
 
 
@@ -134,15 +131,15 @@ def test_whole_numbers_are_exact(dtype: torch.dtype):
     terms = [
         ({"x": torch.randint(2 if dtype == torch.bool else 200, (50,), generator=draw).to(dtype)}, w) for w in (1, 3, 7)
     ]
-    total = total_of(terms)["x"]
-    assert total.total.tolist() == [int(f) for f in fractions(terms, "x")]
-    assert exact.value({"x": total})["x"].dtype == torch.float32
-    assert exact.value({"x": total})["x"].tolist() == [float(f) for f in fractions(terms, "x")]
+    total = total_of(terms)
+    assert total.wholes.total.tolist() == [int(f) for f in fractions(terms, "x")]
+    assert exact.value(total)["x"].dtype == torch.float32
+    assert exact.value(total)["x"].tolist() == [float(f) for f in fractions(terms, "x")]
 
 
 def test_large_whole_numbers_are_exact():
     total = total_of([(torch.tensor([2**61 - 3, -(2**61) + 5]), 1), (torch.tensor([1, 1]), 2)])
-    assert total.total.tolist() == [2**61 - 1, -(2**61) + 7]
+    assert total.wholes.total.tolist() == [2**61 - 1, -(2**61) + 7]
 
 
 def test_whole_numbers_need_whole_weights():
@@ -154,9 +151,32 @@ def test_whole_numbers_need_whole_weights():
 
 def test_many_terms_in_chunks_and_without_memory_layout():
     x = torch.randn(300, 700, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    total = total_of([(x.t(), 3), (x.t(), 0.5)]).fixed
+    total = total_of([(x.t(), 3), (x.t(), 0.5)]).floats.fixed
     expected = (x.t() * 2**36).round().long() * 3 + (x.t() * 0.5 * 2**36).round().long()
-    assert torch.equal(total, expected)
+    assert torch.equal(total, expected.flatten())
+
+
+def test_many_tensors_of_all_sizes_and_types_in_any_order_of_names():
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"small": (3,), "wide": (200, 400), "none": (0,), "scalar": (), "tail": (50_000,)}
+    term = {name: torch.randn(size, generator=draw).to(FLOATS[k % 4]) for k, (name, size) in enumerate(sizes.items())}
+    term |= {f"count {dtype}": torch.tensor([1, 0]).to(dtype) for dtype in WHOLE}
+    backwards = {name: term[name] for name in reversed(term)}
+    sum_of_both = exact.merge(exact.add_term(None, term, 2), exact.add_term(None, backwards, 3))
+    mean = exact.value(sum_of_both, Fraction(5))
+    assert list(mean) == list(term)
+    for name, tensor in term.items():
+        expected = exact.value(exact.add_term(None, tensor, 1))
+        assert mean[name].dtype == expected.dtype
+        torch.testing.assert_close(mean[name], expected, rtol=0, atol=2.0**-37 + 2.0**-23)
+        assert mean[name].shape == tensor.shape
+
+
+def test_each_tensor_of_a_mean_has_memory_of_its_own():
+    mean = exact.value(exact.add_term(None, {"a": torch.ones(3, dtype=torch.float64), "b": torch.zeros(3)}, 1))
+    mean["a"].fill_(7)
+    assert mean["b"].tolist() == [0, 0, 0]
+    assert mean["a"].untyped_storage().nbytes() == 24
 
 
 def test_a_sum_of_many_terms_is_fsum():
@@ -180,7 +200,7 @@ def test_empty_tensors_scalars_and_trees():
 def test_a_term_is_read_only_and_its_graph_is_not_kept():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     total = exact.add_term(None, x * 1, 0.3)
-    assert not total.total.requires_grad
+    assert not total.floats.total.requires_grad
     before = x.detach().clone()
     exact.add_term(total, x, 5)
     assert torch.equal(x, before)

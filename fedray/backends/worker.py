@@ -299,10 +299,8 @@ def _check(job: Job, client: Client, result: ClientResult, kept: list[int]) -> N
 
 
 def _size(accumulator: Any) -> int:
-    if isinstance(accumulator, exact.Sum):
-        accumulator = accumulator.total
-    if isinstance(accumulator, torch.Tensor):
-        return accumulator.numel() * accumulator.element_size()
+    if isinstance(accumulator, exact.Sum | torch.Tensor):
+        return accumulator.nbytes
     if isinstance(accumulator, dict | list | tuple):
         return sum(map(_size, accumulator.values() if isinstance(accumulator, dict) else accumulator))
     return 0
