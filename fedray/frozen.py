@@ -1,6 +1,7 @@
-"""Features of a frozen backbone, computed once an example: what training a head alone comes down to."""
+"""Activations of a frozen backbone, computed once an example: training starts where something trained begins."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,28 +10,56 @@ from torch import nn
 if TYPE_CHECKING:
     from fedray.learner import Columns, Task
 
-_ROOM = 1 << 30  # bytes of features that are kept; whoever was met longest ago makes room
+_ROOM = 1 << 30  # bytes of activations that are kept; whoever was met longest ago makes room
 _BLOCK = 256  # examples that pass the backbone at a time
 _SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Identity, nn.Flatten, nn.ReLU, nn.GELU)
 
+Rest = Callable[[nn.Module], nn.Module]  # a model to what of it comes after the activations
 
-def head_only(task: "Task", model: nn.Module) -> "tuple[Task, nn.Module]":
-    """A task and its model, or, if nothing but the model's head is trained, the same with features for examples.
 
-    That needs a model that is ``head(features(x))`` with frozen features that are no different in training than in
-    evaluation, and examples that are not augmented. The parameters keep their names.
+def past_frozen(task: "Task", model: nn.Module) -> "tuple[Task, nn.Module]":
+    """A task and its model, or, where the model's first part is frozen, the same from there on, with activations for x.
+
+    That needs a model that is ``head(features(x))``, a first part that is no different in training than in evaluation,
+    and examples that are not augmented. The parameters keep their names.
     """
     if [name for name, _ in model.named_children()] != ["features", "head"] or task.augments:
         return task, model
-    features, head = model.get_submodule("features"), model.get_submodule("head")
-    if not _is_fixed(features.train()):
-        return task, model
-    on_features = OnFeatures(task, features.eval())
-    with torch.no_grad():  # a trial: whether the model is what its parts say
-        device = next(features.parameters()).device
+    device = next(model.parameters()).device
+    with torch.no_grad():
         x = task.prepare({n: column.to(device) for n, column in task.test_examples(0, 1).items()}, None)["x"]
-        same = torch.equal(model.eval()(x), head(features(x)))
-    return (on_features, Head(head)) if same else (task, model)
+    found = _parts(model.train(), x)
+    if found is None:
+        return task, model
+    first, rest = found
+    on_activations = OnActivations(task, first.eval(), rest, device)
+    left = on_activations.model().to(device).eval()
+    with torch.no_grad():  # a trial: whether the model is what its parts say
+        same = torch.equal(model.eval()(x), left(first(x)))
+    return (on_activations, left) if same else (task, model)
+
+
+def _parts(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Rest] | None:
+    """What is frozen from the input on, and what comes after it; None if there is nothing, or not always the same."""
+    features: Any = model.get_submodule("features")
+    if not list(features.parameters()):
+        return None
+    if not any(p.requires_grad for p in features.parameters()):
+        return (features, lambda whole: Head(whole.get_submodule("head"))) if _is_fixed(features, []) else None
+    from fedray.peft.parts import Tuned, blocks_of  # not for models that are trained as a whole
+    from fedray.peft.prefix import Prefix, cut, fixed_blocks
+
+    if not isinstance(features, Tuned):
+        return None
+    count = fixed_blocks(features, x)
+    if count == 0 or not _is_fixed(features.trunk, blocks_of(features.trunk)[count:]):
+        return None
+
+    def rest(whole: Any) -> nn.Module:
+        cut(whole.features, count)
+        return whole
+
+    return Prefix(features, count), rest
 
 
 class Head(nn.Module):
@@ -49,19 +78,21 @@ class Head(nn.Module):
         return self.head(x)
 
 
-class OnFeatures:
-    """A task whose inputs have passed a frozen backbone; all else is the task's own.
+class OnActivations:
+    """A task whose inputs have passed the frozen part of its model; all else is the task's own.
 
-    Features are computed when a client is met for the first time, in blocks of a fixed size, so that their bits
+    Activations are computed when a client is met for the first time, in blocks of a fixed size, so that their bits
     depend on nothing else.
 
     Args:
         task: The task.
-        features: The backbone, in evaluation mode, on the device where features are to be.
+        first: The frozen part, in evaluation mode.
+        rest: The task's model to the part that comes after it.
+        device: Where ``first`` is, and activations are to be.
     """
 
-    def __init__(self, task: "Task", features: nn.Module) -> None:
-        self._task, self._features = task, features
+    def __init__(self, task: "Task", first: nn.Module, rest: Rest, device: torch.device) -> None:
+        self._task, self._first, self._rest, self._device = task, first, rest, device
         self._known: OrderedDict[Any, Columns] = OrderedDict()
         self._size = 0
 
@@ -69,15 +100,15 @@ class OnFeatures:
         return getattr(self._task, name)
 
     def model(self) -> nn.Module:
-        """The head alone, with its initial parameters."""
-        return Head(self._task.model().get_submodule("head"))
+        """The part after the frozen one, with its initial parameters."""
+        return self._rest(self._task.model())
 
     def examples(self, client: int) -> "Columns":
-        """The training examples of one client, with features for ``x``."""
+        """The training examples of one client, with activations for ``x``."""
         return self._known.get(client) or self._keep(client, self._task.examples(client))
 
     def test_examples(self, start: int, stop: int) -> "Columns":
-        """A slice of the test examples, with features for ``x``."""
+        """A slice of the test examples, with activations for ``x``."""
         return self._known.get((start, stop)) or self._keep((start, stop), self._task.test_examples(start, stop))
 
     def prepare(self, examples: "Columns", generator: torch.Generator | None) -> "Columns":
@@ -85,13 +116,12 @@ class OnFeatures:
         return examples
 
     def _keep(self, key: Any, examples: "Columns") -> "Columns":
-        device = next(self._features.parameters()).device
         blocks = []
         with torch.no_grad():
             for start in range(0, len(examples["x"]), _BLOCK):
-                block = {name: column[start : start + _BLOCK].to(device) for name, column in examples.items()}
-                blocks.append(self._features(self._task.prepare(block, None)["x"]))
-        known = {**{name: column.to(device) for name, column in examples.items()}, "x": torch.cat(blocks)}
+                block = {name: column[start : start + _BLOCK].to(self._device) for name, column in examples.items()}
+                blocks.append(self._first(self._task.prepare(block, None)["x"]))
+        known = {**{name: column.to(self._device) for name, column in examples.items()}, "x": torch.cat(blocks)}
         self._known[key] = known
         self._size += known["x"].nbytes
         while self._size > _ROOM and len(self._known) > 1:
@@ -99,11 +129,8 @@ class OnFeatures:
         return known
 
 
-def _is_fixed(features: nn.Module) -> bool:
-    leaves = [module for module in features.modules() if not list(module.children())]
-    parameters = list(features.parameters())
-    return (
-        bool(parameters)
-        and not any(p.requires_grad for p in parameters)
-        and all(not module.training or isinstance(module, _SAME_IN_TRAINING) for module in leaves)
-    )
+def _is_fixed(part: nn.Module, without: Iterable[nn.Module]) -> bool:
+    """Whether a module computes the same in training as in evaluation, but for some modules in it."""
+    others = {module for each in without for module in each.modules()}
+    leaves = [module for module in part.modules() if not list(module.children()) and module not in others]
+    return all(not module.training or isinstance(module, _SAME_IN_TRAINING) for module in leaves)

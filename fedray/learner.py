@@ -12,7 +12,7 @@ from fedray.clock import Clock
 from fedray.compiled import CompiledStep
 from fedray.errors import ConfigError
 from fedray.execution import ONE_BY_ONE, Execution
-from fedray.frozen import head_only
+from fedray.frozen import past_frozen
 from fedray.groups import Group, dependence, is_stackable
 from fedray.groups import train as train_group
 from fedray.local_training import Gradients, LocalResult, LocalTraining, num_examples, stepper
@@ -96,7 +96,7 @@ class Task(Protocol):
 class Learner:
     """A task, a device and one scratch model.
 
-    Where only the head of a model is trained, ``task`` and ``model`` are of its features (`fedray.frozen`).
+    Where a model's first part is frozen, ``task`` and ``model`` begin after it (`fedray.frozen`).
 
     Args:
         task: What is learnt.
@@ -109,7 +109,7 @@ class Learner:
 
     def __init__(self, task: Task, device: str = "auto", execution: Execution = ONE_BY_ONE) -> None:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self.task, model = head_only(task, task.model().to(self.device))
+        self.task, model = past_frozen(task, task.model().to(self.device))
         last = execution.puts_channels_last(model)
         self._exact = self.task
         if execution.precision == "bfloat16":

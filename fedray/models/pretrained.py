@@ -46,7 +46,10 @@ class Images:
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
         scale, shift = (x.new_tensor(values).view(-1, 1, 1) for values in (self.scale, self.shift))
-        x = x.expand(-1, self.channels, -1, -1) * scale + shift
+        return self.through(tower, x.expand(-1, self.channels, -1, -1) * scale + shift)
+
+    def through(self, tower: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Features of images that are as the tower wants them."""
         out = tower(pixel_values=x, **({"interpolate_pos_encoding": True} if self.interpolate else {}))
         if self.pool == "mean":
             return out.last_hidden_state[:, -self.patches :].mean(1)

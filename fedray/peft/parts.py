@@ -34,6 +34,10 @@ class Tuned(nn.Module):
         """What ``call`` makes of the inputs."""
         return self.trunk(*inputs) if self._call is None else self._call(self.trunk, *inputs)
 
+    def skip_preparation(self) -> None:
+        """Be called with what has gone through a part of the trunk already, and so is no raw input any more."""
+        self._call = getattr(self._call, "through", self._call)
+
     def train(self, mode: bool = True) -> "Tuned":
         """Training mode for what is trained or was added; evaluation mode for the rest, whatever ``mode`` is."""
         super().train(mode)
