@@ -212,6 +212,8 @@ class Learner:
                 "dp_sgd bounds what an example does to gradients, but BatchNorm's statistics are sent as they are; "
                 "use a model with group norm"
             )
+        if loss is not None and isinstance(self.task, InBfloat16):
+            loss = self.task.mixed(loss)
         self.load(start).train()
         params = {name: p for name, p in self._trained.items() if only is None or name in only}
         step = stepper(list(params.values()), params, start, local, client.round, correction, proximal, moments=moments)

@@ -26,20 +26,22 @@ class InBfloat16:
 
     def loss(self, model: torch.nn.Module, batch: "Columns") -> torch.Tensor:
         """The task's mean loss."""
-        return self._mixed(self._task.loss)(model, batch)
+        return self.mixed(self._task.loss)(model, batch)
 
     @property
     def losses(self) -> "LossFunction | None":
         """The task's loss of each example, if it has such a thing."""
-        return None if self._task.losses is None else self._mixed(self._task.losses)
+        return None if self._task.losses is None else self.mixed(self._task.losses)
 
     def evaluate(self, model: torch.nn.Module, batch: "Columns") -> dict[str, Any]:
         """The task's sums over a batch."""
-        return self._mixed(self._task.evaluate)(model, batch)
+        return self.mixed(self._task.evaluate)(model, batch)
 
-    def _mixed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def mixed(model: torch.nn.Module, batch: "Columns") -> Any:
+    def mixed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of a model and a batch, such as an algorithm's own loss, under autocast."""
+
+        def under_autocast(model: torch.nn.Module, batch: "Columns") -> Any:
             with torch.autocast(self._device.type, torch.bfloat16):
                 return function(model, batch)
 
-        return mixed
+        return under_autocast

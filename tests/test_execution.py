@@ -9,12 +9,11 @@ import torch
 from problems import PROBLEMS, Exam, assert_same_bits, train
 from torch import nn
 
-from fedray import runs
+from fedray import exact, runs
 from fedray.algorithm import Client, ClientResult
 from fedray.backends import worker
 from fedray.backends.serial import SerialBackend
 from fedray.errors import ConfigError, FedrayError
-from fedray.exact import Sum
 from fedray.execution import Execution
 from fedray.experiment import plan
 from fedray.learner import Learner
@@ -125,6 +124,20 @@ def test_mixed_precision_changes_no_more_than_bfloat16_rounds():
     assert (z - y).norm() < 0.02 * (y - x).norm()
 
 
+def test_a_loss_of_an_algorithm_of_its_own_is_in_mixed_precision_too():
+    seen = set()
+
+    def loss(model, batch):
+        outputs = model(batch["x"])
+        seen.add(outputs.dtype)
+        return outputs.square().mean()
+
+    learner = Learner(PROBLEMS["blobs"](), "cpu", Execution(group=1, precision="bfloat16"))
+    result = learner.train(learner.params(), Client(0, 1), LocalTraining(batch_size=8), loss=loss)
+    assert seen == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in result.params.values())
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_in_mixed_precision_the_number_of_shares_changes_no_bit(group):
     exam = Exam("scaffold", "images")
@@ -137,7 +150,9 @@ def test_in_mixed_precision_the_number_of_shares_changes_no_bit(group):
 
 
 def test_what_a_worker_hands_over_is_moved_whole():
-    tree = {"sum": Sum(torch.ones(2), 3, torch.float32, 1.0), "pair": ClientResult(torch.ones(2), 1.0), "n": [(1,)]}
+    total = exact.add_term(None, {"x": torch.ones(2)}, 1)
+    tree = {"sum": total, "pair": ClientResult(torch.ones(2), 1.0), "n": [(1,)]}
     moved = worker._to(tree, torch.device("meta"))
-    assert moved["sum"].total.device.type == moved["pair"].update.device.type == "meta"
+    assert moved["sum"].floats.total.device.type == moved["pair"].update.device.type == "meta"
+    assert moved["sum"].layout == total.layout
     assert moved["n"] == [(1,)]
