@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "searches": ("fedray.backends.ray.schedulers:SEARCHES", "fedray.backends.ray.schedulers:Search"),
 }
 
+DEFAULTS = {"backend": "ray", "sampler": "uniform"}  # what stands at the top level where nothing else is named
+
 
 def components(kind: str) -> Registry:
     """The components of one kind by name."""

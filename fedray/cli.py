@@ -72,6 +72,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     sweep.add_argument("--random", type=int, metavar="N", help="so many trials of the grid, drawn at random")
     sweep.add_argument("--retries", type=int, default=1, help="how often a failed trial is tried again (default: 1)")
     sweep.add_argument("--metric", default="test_accuracy", help="what the table shows (default: test_accuracy)")
+    sweep.add_argument("--target", type=float, action="append", help="accuracy for rounds-to-target; may be repeated")
     sweep.set_defaults(command=_sweep)
 
     add_commands(commands)
@@ -151,7 +152,8 @@ def _sweep(options: argparse.Namespace) -> None:
     from fedray.sweep import failed, sweep, table
 
     tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    found = sweep(options.config, options.axes, options.out, options.zip, options.random, options.retries, tell)
+    given = options.axes, options.out, options.zip, options.random, options.retries
+    found = sweep(options.config, *given, tell, options.target)
     print(table(found, options.metric))
     print(f"results: {options.out / 'results.csv'}\nreport: {options.out / 'report.html'}")
     if (error := failed(found)) is not None:

@@ -70,6 +70,9 @@ def _merged(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) ->
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].removesuffix(".name").count(".")):
         with _explained(f"the override {text!r} cannot be read"):
             _override(config, text)
+    for key, name in catalogue.DEFAULTS.items():  # options without a name are those of the default
+        if isinstance(node := config.get(key), DictConfig) and "name" not in node:
+            config[key] = {"name": name, **node}
     return config
 
 

@@ -24,6 +24,7 @@ from fedray import config
 from fedray.errors import ConfigError, FedrayError
 from fedray.experiment import plan
 from fedray.report import read_run, write_report
+from fedray.report.compare import costs_to, default_targets
 from fedray.report.read import short_names
 from fedray.runs import find, resume, run
 from fedray.seeds import seed_for
@@ -115,8 +116,12 @@ def sweep(
     random: int | None = None,
     retries: int = 1,
     tell: Tell = lambda _: None,
+    targets: Sequence[float] | None = None,
 ) -> list[Outcome]:
     """Run every trial, write ``results.csv`` and ``report.html`` into ``out``, and return the outcomes in order.
+
+    What it took to reach a target accuracy is among a trial's final metrics (``rounds_to_0.8``, ``megabytes_to_0.8``,
+    ...) if it was reached.
 
     Args:
         source: A YAML file, the name of a shipped experiment, or a mapping; its backend says which cluster is used.
@@ -126,6 +131,7 @@ def sweep(
         random: So many trials of the grid, drawn at random.
         retries: How often a trial that failed is tried again.
         tell: Told of each trial that ends.
+        targets: Test accuracies between 0 and 1; None for a few that suit the trials.
 
     Raises:
         ConfigError: a trial's configuration is wrong; nothing was started.
@@ -160,10 +166,14 @@ def sweep(
         if attempt < retries:
             tell(f"{len(waiting)} trials failed and are tried again")
     found = [outcomes[place] for place in range(len(planned))]
+    finished = {outcome.trial.folder: read_run(outcome.trial.folder) for outcome in found if not outcome.error}
+    targets = default_targets(list(finished.values())) if targets is None else targets
+    for outcome in found:
+        if outcome.trial.folder in finished:
+            outcome.final.update(costs_to(finished[outcome.trial.folder], targets))
     write_results(found, out / "results.csv")
-    finished = [outcome.trial.folder for outcome in found if not outcome.error]
     if finished:
-        write_report(finished, out / "report.html")
+        write_report(list(finished), out / "report.html", targets)
     return found
 
 

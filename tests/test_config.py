@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from fedray import config
 from fedray.aggregators import Aggregator, mean
-from fedray.catalogue import KINDS, components, kind_of, top_level
+from fedray.catalogue import DEFAULTS, KINDS, components, kind_of, top_level
 from fedray.errors import ConfigError, DataError
 from fedray.experiment import plan
 from fedray.local_training import LocalTraining
@@ -46,6 +46,19 @@ def test_overrides_win_over_the_file_and_the_last_one_over_those_before():
     values = read("rounds=7", "task.partition.alpha=2", "rounds=9", "evaluate_every=3")
     assert (values["rounds"], values["task"]["partition"]["alpha"], values["evaluate_every"]) == (9, 2, 3)
     assert values["cohort"] == 3
+
+
+def test_options_without_a_name_are_those_of_the_default():
+    unnamed = YAML[: YAML.index("backend:")]
+    made = read("backend.num_workers=2", "sampler.replace=true", text=unnamed)
+    assert made["backend"] == {"name": "ray", "num_workers": 2}
+    assert made["sampler"] == {"name": "uniform", "replace": True}
+    assert read(text=unnamed + "backend: {threads: 2}")["backend"] == {"name": "ray", "threads": 2}
+    assert read("backend.threads=2", text=unnamed + "backend: serial")["backend"] == {"name": "serial", "threads": 2}
+    defaults = {name: option.default for name, option in options_of(top_level()).items()}
+    assert defaults["sampler"] is components("samplers")[DEFAULTS["sampler"]]
+    assert type(defaults["backend"]) is type(components("backends")[DEFAULTS["backend"]]())
+    assert defaults["backend"].launch.__qualname__.startswith(components("backends")[DEFAULTS["backend"]].__name__)
 
 
 def test_an_override_replaces_a_list_and_can_reach_into_it():

@@ -12,6 +12,7 @@ from problems import SYNTHETIC, Exam, outcome
 from fedray.aggregators import collect, mean
 from fedray.algorithm import Client, ClientResult, Pool
 from fedray.algorithms import ALGORITHMS
+from fedray.backends import on_ray
 from fedray.backends.serial import SerialBackend
 from fedray.errors import ClientError, ConfigError, DataError, FedrayError
 from fedray.experiment import plan
@@ -127,6 +128,20 @@ def test_what_a_pool_has_in_hand_survives_its_death(pool, ray_backends, tmp_path
     assert found == {item: (2 * item, "cpu") for item in range(8)}
     assert (tmp_path / "died").exists(), "nothing died"
     assert len(list(tmp_path.glob("made-*"))) <= 3  # once for each process, however many items it did
+
+
+def test_on_a_busy_cluster_a_pool_takes_what_is_free(tmp_path):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    free = int(ray.available_resources()["CPU"])
+    held = placement_group([{"CPU": 1}] * (free - 1))
+    ray.get(held.ready())
+    try:
+        found = dict(on_ray(num_gpus=0, address="auto").stream(doubler(str(tmp_path)), range(3), None))
+    finally:
+        remove_placement_group(held)
+    assert found == {item: (2 * item, "cpu") for item in range(3)}
 
 
 def test_what_goes_wrong_in_a_pool_is_what_the_caller_meets(ray_backends):

@@ -54,6 +54,23 @@ def test_trials_are_the_grid_or_in_step_or_a_part():
         trials(["a=1,2", "b=1,2,3"], Path("o"), zipped=True)
 
 
+def test_what_a_target_takes_is_a_metric_of_a_trial(tmp_path):
+    axes = ["algorithm.local_lr=0.3", "seed=0..1"]
+    found = sweep({**VALUES, "rounds": 4, "evaluate_every": 1}, axes, tmp_path / "sweep", targets=[0.15, 0.99])
+    for outcome in found:
+        lines = runs.read_run(outcome.trial.folder).metrics
+        first = next(line for line in lines if line["test_accuracy"] >= 0.15)
+        assert outcome.final["rounds_to_0.15"] == first["round"]
+        assert outcome.final["megabytes_to_0.15"] == (first["bytes_up_total"] + first["bytes_down_total"]) / 1e6
+        assert not [key for key in outcome.final if key.endswith("_to_0.99") or key.startswith("virtual_")]
+    with (tmp_path / "sweep" / "results.csv").open() as file:
+        assert [float(row["rounds_to_0.15"]) for row in csv.DictReader(file)] == [
+            outcome.final["rounds_to_0.15"] for outcome in found
+        ]
+    assert "≥ 0.99" in (tmp_path / "sweep" / "report.html").read_text()
+    assert "rounds_to_0.15" in table(found, "rounds_to_0.15")
+
+
 def test_a_trial_is_the_run_that_it_would_be_alone_and_a_sweep_goes_on(tmp_path, monkeypatch):
     found = sweep(VALUES, ["cohort=2,3", "seed=0..1"], tmp_path / "sweep")
     assert [outcome.error for outcome in found] == [""] * 4

@@ -78,6 +78,16 @@ def reach(run: RunRecord, target: float) -> tuple[float, ...] | None:
     return tuple(float(line.x[axis][reached[0]]) for axis in AXES)
 
 
+def costs_to(run: RunRecord, targets: Sequence[float]) -> dict[str, float]:
+    """What it took to reach each target, on each of ``AXES`` that the run has, by names such as ``rounds_to_0.8``."""
+    found = {}
+    for target in targets:
+        for axis, cost in zip(AXES, reach(run, target) or (), strict=False):
+            if cost or axis != "virtual":
+                found[f"{axis}_to_{target:g}"] = cost
+    return found
+
+
 def default_targets(runs: Sequence[RunRecord]) -> list[float]:
     """Up to three round accuracies: one that is easy for every run, the worst run's best, and the best run's best."""
     best = [found[0] for run in runs if (found := best_accuracy(run))]

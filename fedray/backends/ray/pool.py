@@ -48,7 +48,7 @@ def alone(
     """The same without an experiment, on a cluster of its own or another; without a pool, on all there is."""
     with connected(address, object_store_gb):
         carry_users_modules()
-        whole = resources.resolve(nodes(resources.labels), max(1, len(items)))
+        whole = resources.resolve(nodes(resources.labels), max(1, len(items)), ray.available_resources())
         assert isinstance(whole.num_workers, int)
         assert not isinstance(whole.num_gpus, str)
         pool = pool or Pool(whole.num_workers, whole.num_cpus, whole.num_gpus)
