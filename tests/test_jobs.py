@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedray.checkpoint import newest_round
 
 pytestmark = pytest.mark.slow
 
-DEADLINE = 180  # seconds for a process to get somewhere
+DEADLINE = 120  # seconds for a process to get somewhere
 CONFIG = """\
 rounds: 4
 cohort: 4
@@ -60,22 +60,31 @@ class Cluster:
     address: str
     token: str
     folder: Path
+    head: int  # its process
+    gcs: int  # the port that nodes join at
+    environment: dict[str, str]  # of the processes of a node
 
-    def fedray(self, *arguments: object, token: str | None = None, address: bool = True, **more: str):
+    def fedray(self, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the folder of the user's files."""
+        process = self.begin(*arguments, **more)
+        out, err = process.communicate(timeout=DEADLINE)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def begin(self, *arguments: object, token: str | None = None, address: bool = True, **more: str):
+        """Start one."""
         ours = ("RAY_AUTH", "RAY_API", "RAY_ADDRESS")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         environment |= {"RAY_AUTH_TOKEN": self.token if token is None else token, **more}
         environment |= {"RAY_API_SERVER_ADDRESS": self.address} if address else {}
         if not environment["RAY_AUTH_TOKEN"]:
             del environment["RAY_AUTH_TOKEN"]
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", "fedray", *map(str, arguments)],
             env=environment,
             cwd=self.folder,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=DEADLINE,
         )
 
 
@@ -111,9 +120,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
     }
-    ports = [f"--{name}={free_port()}" for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port")]
+    gcs = free_port()
+    ports = [f"--{name}={free_port()}" for name in ("ray-client-server-port", "dashboard-agent-listen-port")]
+    ports.append(f"--port={gcs}")
     options = ["--head", "--block", "--num-cpus=4", f"--object-store-memory={200 * 2**20}", f"--temp-dir={scratch}"]
-    options += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", *ports]
+    options += ["--node-ip-address=127.0.0.2", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", *ports]
     with (scratch / "log").open("w") as log:
         head = subprocess.Popen(
             [Path(sys.executable).with_name("ray"), "start", *options],
@@ -129,7 +140,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             folder = tmp_path_factory.mktemp("user")
             for name, text in (("run.yaml", CONFIG), ("mine.py", MINE), ("helpers.py", HELPERS)):
                 (folder / name).write_text(text)
-            yield Cluster(f"http://127.0.0.1:{port}", token, folder)
+            yield Cluster(f"http://127.0.0.1:{port}", token, folder, head.pid, gcs, environment)
         finally:
             family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
             head.terminate()
@@ -140,6 +151,50 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 os.killpg(head.pid, signal.SIGKILL)
             head.wait(DEADLINE)
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def another_node(cluster: Cluster) -> Iterator[subprocess.Popen]:
+    """A second node, of which only its death is gentle if nobody has killed it before."""
+    options = [f"--address=127.0.0.2:{cluster.gcs}", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.3"]
+    options += [f"--dashboard-agent-listen-port={free_port()}", f"--object-store-memory={100 * 2**20}"]
+    scratch = Path(
+        tempfile.mkdtemp(prefix="fr-", dir="/tmp")
+    )  # two nodes of one machine would clear up each other's files
+    options.append(f"--temp-dir={scratch}")
+    with (cluster.folder / "node.log").open("w") as log:
+        node = subprocess.Popen(
+            [Path(sys.executable).with_name("ray"), "start", *options],
+            env={**cluster.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},  # which, it says, can have no nodes
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    text = (cluster.folder / "node.log").read_text
+    try:
+        until(lambda: "Ray runtime started" in text(), text)
+        yield node
+    finally:
+        pull_the_plug(node)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def pull_the_plug(node: subprocess.Popen) -> None:
+    family = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    node.kill()
+    node.wait(DEADLINE)
+
+
+def workers_below(pid: int) -> list[psutil.Process]:
+    """The worker actors of a node."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process] if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::WorkerActor") else []
+    return found
 
 
 @dataclass(frozen=True)
@@ -188,6 +243,36 @@ def test_the_run_folder_is_that_of_the_same_run_here_and_holds_no_secret(cluster
     assert {path.name for path in files} >= {"config.yaml", "state.json", "report.html"}
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
     assert json.loads((there / "environment.json").read_text())["versions"]["fedray"] == version("fedray")
+
+
+def test_a_job_whose_worker_and_node_are_killed_leaves_the_bytes_of_the_same_run_here(cluster):
+    there, options = cluster.folder / "hurt", ["seed=5", "rounds=120", "evaluate_every=40", "checkpoint_every=10"]
+    options.append("algorithm.local_epochs=20")  # so that there is time to do something to it
+    with another_node(cluster) as node:
+        spread = "backend={num_workers: 6, placement: spread}"  # four CPUs here, two there
+        following = cluster.begin("submit", "run.yaml", *options, spread, "--out", f"file://{there}", "--follow")
+
+        def logs() -> str:
+            following.terminate()
+            return "".join(following.communicate())
+
+        until(lambda: newest_round(there) >= 20 or following.poll() is not None, logs)
+        assert workers_below(node.pid), logs()
+        workers_below(cluster.head)[0].kill()
+        until(lambda: newest_round(there) >= 50 or following.poll() is not None, logs)
+        pull_the_plug(node)
+        out, err = following.communicate(timeout=DEADLINE)
+    assert following.returncode == 0, out + err
+    assert out.count("a worker died") >= 2
+    assert re.search(r"^round +120/120 ", out, re.MULTILINE)
+    fetched = cluster.fedray("fetch", f"file://{there}", cluster.folder / "fetched")
+    assert fetched.returncode == 0, fetched.stderr
+    here = cluster.fedray("run", "run.yaml", *options, "backend=serial", "--out", cluster.folder / "unhurt")
+    assert here.returncode == 0, here.stderr
+    for name in ("model.safetensors", "report.html"):
+        assert (cluster.folder / "fetched" / name).is_file()
+    models = [cluster.folder / name / "model.safetensors" for name in ("fetched", "unhurt")]
+    assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_jobs_are_listed_with_their_state_and_place(cluster, followed):
