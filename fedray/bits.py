@@ -11,6 +11,7 @@ import torch
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientResult
 from fedray.data.dataset import import_extra
+from fedray.seeds import seed_for
 from fedray.trees import Params
 
 
@@ -42,6 +43,11 @@ def split(params: Params, share: float) -> tuple[Params, Params]:
 def draw(theta: torch.Tensor, seed: int) -> torch.Tensor:
     """A mask (bool) whose bits are true with the probabilities ``theta``."""
     return torch.rand(theta.shape, generator=torch.Generator().manual_seed(seed)) < theta
+
+
+def final_mask(theta: Params) -> torch.Tensor:
+    """The one mask (bool) of a trained model, whose weights are kept with these probabilities; always the same."""
+    return draw(flat(theta), seed_for("final mask"))
 
 
 def pack(bits: torch.Tensor) -> torch.Tensor:

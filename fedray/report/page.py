@@ -1,10 +1,10 @@
 """The report: one HTML page that needs nothing but itself, for one run or for several beside each other."""
 
+import base64
 import html
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -34,6 +34,7 @@ from fedray.report.compare import (
 from fedray.report.read import RunRecord, flat, read_run, scalars
 
 _MAX_MULTIPLES = 36  # small pictures of what the algorithm reported
+_MAX_SHEETS = 12  # of generated pictures
 # elsewhere on the page
 _TOLD = {"round", "train_loss", "test_loss", "test_accuracy", "clients_sampled", "seconds", "virtual_seconds"}
 _IDLE = "A worker is idle while it waits for another or for the driver, whose broadcast and merge are counted apart."
@@ -71,7 +72,7 @@ def _one(run: RunRecord) -> str:
         _notes(run),
         _section("Curves", "".join(rows)),
         _section("Classes", _classes(run)),
-        _section("Generated pictures", _pictures(run)),
+        _section("Generated pictures", _pictures(run), _compared(run)),
         _section("Who held what", _partition(run)),
         _section("Where the time went", _phases(run)),
         _section("What the workers did", _profile(run), _IDLE),
@@ -224,15 +225,21 @@ def _classes(run: RunRecord) -> str:
 
 
 def _pictures(run: RunRecord) -> str:
-    """Samples of the newest evaluation, and the network that they are compared by."""
-    evaluation = run.evaluation or {}
-    picture = str(evaluation.get("pictures", ""))
-    if not re.fullmatch(r"[A-Za-z0-9+/]+=*", picture):
-        return ""
-    note = html.escape(f"round {evaluation.get('round')}; distances are by: {evaluation.get('extractor')}")
-    style = "image-rendering:pixelated;width:24rem;max-width:100%"
-    shown = f'<img style="{style}" alt="generated pictures" src="data:image/png;base64,{picture}">'
-    return f"<figure>{shown}<p>{note}</p></figure>"
+    """Samples of evaluations from the first to the newest."""
+    rounds = sorted(run.samples)
+    if len(rounds) > _MAX_SHEETS:
+        rounds = [rounds[k * (len(rounds) - 1) // (_MAX_SHEETS - 1)] for k in range(_MAX_SHEETS)]
+    figures = []
+    for number in rounds:
+        content = base64.b64encode(run.samples[number].read_bytes()).decode()
+        picture = f'<img alt="generated in round {number}" src="data:image/png;base64,{content}">'
+        figures.append(f"<figure>{picture}<figcaption>round {number}</figcaption></figure>")
+    return f'<div class="grid small">{"".join(figures)}</div>' if figures else ""
+
+
+def _compared(run: RunRecord) -> str:
+    extractor = (run.evaluation or {}).get("extractor")
+    return f"Always of the same noise. Distances are by: {extractor}." if extractor else ""
 
 
 def _partition(run: RunRecord) -> str:
