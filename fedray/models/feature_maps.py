@@ -133,48 +133,61 @@ def _trained(network: _Cnn, size: int, x: torch.Tensor, y: torch.Tensor, epochs:
     return network
 
 
-def vgg19_bn(shape: tuple[int, ...], /, path: str) -> FeatureMaps:
+def vgg19_bn(shape: tuple[int, ...], /, path: str = "timm/vgg19_bn.tv_in1k") -> FeatureMaps:
     """VGG19 with BatchNorm (torchvision's ImageNet weights): all 16 ReLU maps, as PRISM and GFMN have it.
 
-    BatchNorm uses the statistics of the batch, as in the released code.
+    BatchNorm uses the statistics of the batch, as in the released code. A narrower network, whose first layer says
+    how narrow, is taken too, and named so.
 
     Args:
-        shape: (C, H, W) of a picture.
-        path: A file with torchvision's state_dict, as safetensors.
+        shape: (C, H, W) of a picture; H and W are at least 32.
+        path: A safetensors file of torchvision's state_dict, or a hub id or local folder with a model.safetensors
+            whose ``features.*`` are named so, as timm's are.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if min(shape[1:]) < 32:
+        raise ValueError("features is vgg19_bn, which halves pictures five times; give pictures of at least 32×32")
+    file = path if Path(path).is_file() else hugging_face.file(path, "model.safetensors")
     try:
-        weights = load_file(path)
+        weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as safetensors ({error}); save vgg19_bn's state_dict so") from error
+    kept = {name: tensor for name, tensor in weights.items() if name.startswith("features.")}
+    width = len(kept.get("features.0.weight", range(64)))
+    with torch.device("meta"):
+        expected = Vgg19(width).state_dict()
+    uncounted = {name: torch.zeros((), dtype=torch.int64) for name in expected if name.endswith("num_batches_tracked")}
+    kept = uncounted | kept  # which old files have not, and nobody needs
+    if {name: tensor.shape for name, tensor in kept.items()} != {n: t.shape for n, t in expected.items()}:
+        raise DataError(f"{path} does not hold torchvision's vgg19_bn: its features.* have other names or shapes")
 
     def build() -> nn.Module:
-        network = Vgg19()
-        kept = {name: tensor for name, tensor in weights.items() if name.startswith("features.")}
-        try:
-            network.load_state_dict(kept)
-        except RuntimeError as error:
-            raise DataError(f"{path} does not hold torchvision's vgg19_bn: {' '.join(str(error).split())}") from error
+        network = Vgg19(width)
+        network.load_state_dict(kept)
         return network.train()
 
-    return FeatureMaps("VGG19-BN", build)
+    return FeatureMaps("VGG19-BN" if width == 64 else f"VGG19-BN of width {width}", build)
 
 
 class Vgg19(nn.Module):
-    """The convolutions of VGG19 with BatchNorm, under torchvision's names."""
+    """The convolutions of VGG19 with BatchNorm, under torchvision's names.
 
-    def __init__(self) -> None:
+    Args:
+        width: Channels of the first layer; 64 in the paper (Simonyan and Zisserman, 2015).
+    """
+
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         before = 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0):
-            if width == 0:
-                layers.append(nn.MaxPool2d(2))
-                continue
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            before = width
+        for times, depth in ((1, 2), (2, 2), (4, 4), (8, 4), (8, 4)):
+            for _ in range(depth):
+                after = times * width
+                layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+                before = after
+            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
