@@ -92,11 +92,15 @@ def _save_mask(run: Path, model: nn.Module, folder: Path) -> Path:
     bits = final_mask(probabilities(model))
     save_file({"mask": pack(bits)}, folder / "mask.safetensors")
     shutil.copy(run / "config.yaml", folder)
+    weights, kept = len(bits), int(bits.sum())
     size = {
-        "weights": len(bits),
+        "weights": weights,
+        "kept": kept,
         "density": density(bits),
-        "bytes": -(-len(bits) // 8),
-        "bytes_float32": 4 * len(bits),
+        "bytes": -(-weights // 8),
+        "bytes_two_bits": -(-weights // 4),  # with the signs of the frozen weights, for whoever has not the seed
+        "bytes_float32": 4 * weights,
+        "bytes_float32_kept": 4 * kept,
     }
     (folder / "mask.json").write_text(json.dumps(size, indent=2) + "\n")
     return folder
