@@ -15,12 +15,13 @@ from fedray.backends.serial import SerialBackend
 from fedray.bits import final_mask
 from fedray.data.dataset import make_dataset
 from fedray.data.partitions import iid
+from fedray.errors import DataError
 from fedray.evaluation import SHARD, evaluate
 from fedray.experiment import plan
 from fedray.export import export, load_masked
 from fedray.learner import Learner
 from fedray.metrics.quality import frechet_distance, prdc
-from fedray.models.feature_maps import small_cnn
+from fedray.models.feature_maps import small_cnn, torchscript
 from fedray.models.image_generators import masked_resnet_generator, resnet_generator
 from fedray.models.masked import Masking, mask, probabilities, unmask
 from fedray.report import read_run, write_report
@@ -122,6 +123,31 @@ def test_a_better_generator_is_better_by_every_figure(task):
     assert (best["precision"], best["recall"], best["coverage"]) == (1, 1, 1)
     assert other["frechet_distance"] > best["frechet_distance"]
     assert other["coverage"] < 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+def test_another_network_may_compare_than_the_one_that_is_matched(task, tmp_path):
+    class Means(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3))
+
+    torch.jit.script(Means()).save(tmp_path / "means.pt")
+    other = replace(task, compared_by=torchscript((1, 8, 8), str(tmp_path / "means.pt"), size=16))
+    params = Learner(task, "cpu").params()
+    metrics, details = evaluate(other, params, SerialBackend(other, 2))
+    assert details["extractor"] == "means"
+    assert metrics["frechet_distance"] != evaluate(task, params, SerialBackend(task))[0]["frechet_distance"]
+    x = task.prepare(task.test_examples(0, 3), None)["x"]
+    [found, again] = other.compared_by.on(torch.device("cpu"))(x)
+    assert torch.equal(found, again)
+    torch.testing.assert_close(
+        found, task.test_examples(0, 3)["x"].float().mean((2, 3)).expand(-1, 3), rtol=0.01, atol=1
+    )
+    with pytest.raises(DataError, match=r"does not exist; give a network that was saved by torch.jit.save"):
+        torchscript((1, 8, 8), str(tmp_path / "nothing.pt"))
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(DataError, match=r"is no network that torch.jit has saved"):
+        torchscript((1, 8, 8), str(tmp_path / "text.pt")).on(torch.device("cpu"))
 
 
 def test_neighbours_are_left_out_on_demand_and_where_there_are_none(task):

@@ -84,6 +84,19 @@ def layer_with(scored: list[float], **options: object) -> nn.Module:
     return layer
 
 
+def test_scores_begin_as_they_are_said_to():
+    torch.manual_seed(2)
+    for kind, bound in (("uniform", 0.1), ("kaiming_uniform", 400**-0.5)):
+        s = layer_with_scores(kind)
+        assert float(s.abs().max()) == pytest.approx(bound, rel=0.01)
+        assert float(s.std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert float(layer_with_scores("normal").std()) == pytest.approx(1, rel=0.05)
+
+
+def layer_with_scores(kind: str) -> torch.Tensor:
+    return mask(nn.Linear(400, 10), Masking(scores=kind)).parametrizations.weight[0].scores.detach()
+
+
 def test_every_forward_pass_draws_a_mask_with_the_scores_probabilities():
     torch.manual_seed(0)
     layer = layer_with([-2.0, 0.0, 2.0])

@@ -129,6 +129,14 @@ def test_vgg_comes_from_a_file_or_a_folder_of_any_width_and_says_what_is_wrong(v
     found, again = (maps.on(torch.device("cpu"))(x)[0] for maps in (by_folder, by_file))
     assert torch.equal(found, again)
     assert found.shape == (4, 303_104 // 32)
+    by_imagenet, normalized = (
+        vgg19_bn(shape, str(vgg), **{name: value}).on(torch.device("cpu"))(x)[0]
+        for name, value in (("batch_statistics", False), ("normalized", True))
+    )
+    assert not torch.allclose(by_imagenet, found)
+    alone = vgg19_bn(shape, str(vgg), batch_statistics=False).on(torch.device("cpu"))(x[:1])[0]
+    torch.testing.assert_close(alone, by_imagenet[:1])
+    assert not torch.equal(normalized, found)  # by the batch's statistics it nearly cancels, but for the borders
     weights = load_file(vgg / "model.safetensors")
     save_file({n: t for n, t in weights.items() if "num_batches" not in n}, tmp_path / "old.safetensors")
     assert torch.equal(vgg19_bn(shape, str(tmp_path / "old.safetensors")).on(torch.device("cpu"))(x)[0], found)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 ModelBuilder = Callable[[tuple[int, ...], int], nn.Module]
 Frozen = Literal["signed_constant", "kaiming_normal", "fedpm"]
-Scores = Literal["normal", "uniform"]
+Scores = Literal["normal", "uniform", "kaiming_uniform"]
 Mode = Literal["stochastic", "top_k", "threshold"]
 
 
@@ -26,7 +26,7 @@ class Masking:
 
     Args:
         frozen: The weights: ± sqrt(2 / fan_in) (PRISM), normal with that deviation, or ± e·sqrt(1 / fan_in) (FedPM).
-        scores: The first scores: standard normal, or uniform in ±0.1.
+        scores: The first scores: standard normal, uniform in ±0.1, or uniform in ± sqrt(1 / fan_in).
         mode: Whether a mask is drawn, keeps the largest |s| of each tensor, or all of θ > 1/2.
         keep: Share of weights that top_k keeps.
         scaled_gradient: Multiply a drawn mask's gradient by θ, as the released code of both papers does.
@@ -63,10 +63,14 @@ def mask(model: nn.Module, masking: Masking = Masking()) -> nn.Module:
 
 
 def _frozen(weight: torch.Tensor, kind: Frozen) -> torch.Tensor:
-    fan_in = nn.init._calculate_fan_in_and_fan_out(weight)[0]
+    fan_in = _fan_in(weight)
     std = math.sqrt(2 / fan_in) if kind != "fedpm" else math.e * math.sqrt(1 / fan_in)
     drawn = torch.randn_like(weight)
     return drawn * std if kind == "kaiming_normal" else drawn.sign() * std
+
+
+def _fan_in(weight: torch.Tensor) -> int:
+    return nn.init._calculate_fan_in_and_fan_out(weight)[0]
 
 
 class Masked(nn.Module):
@@ -74,7 +78,8 @@ class Masked(nn.Module):
 
     def __init__(self, weight: torch.Tensor, masking: Masking) -> None:
         super().__init__()
-        drawn = torch.randn_like(weight) if masking.scores == "normal" else torch.rand_like(weight) * 0.2 - 0.1
+        bound = 0.1 if masking.scores == "uniform" else _fan_in(weight) ** -0.5
+        drawn = torch.randn_like(weight) if masking.scores == "normal" else torch.rand_like(weight) * 2 * bound - bound
         self.scores = nn.Parameter(drawn)
         self.masking = masking
         self.fixed: torch.Tensor | None = None  # a mask that is used instead

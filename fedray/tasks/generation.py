@@ -39,6 +39,7 @@ class Generation:
     partition: Partition
     build_model: ImageGeneratorBuilder
     feature_maps: FeatureMaps
+    compared_by: FeatureMaps
     size: int
     averaging: Averaging
     ama_lr: float
@@ -98,12 +99,12 @@ class Generation:
 
     def evaluate(self, model: nn.Module, batch: Columns) -> dict[str, Any]:
         """Sums over the batch and over as many generated pictures."""
-        return self.judging.judge(model, self.feature_maps.on(batch["x"].device), batch, self.seed)
+        return self.judging.judge(model, self.compared_by.on(batch["x"].device), batch, self.seed)
 
     def summarize(self, sums: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
-        """Distances of generated pictures to test pictures, under the task's own features, and some of them."""
+        """Distances of generated pictures to test pictures, by the features that are compared, and some of them."""
         metrics, pictures = self.judging.summarize(sums)
-        return metrics, {"extractor": self.feature_maps.name, "pictures": pictures}
+        return metrics, {"extractor": self.compared_by.name, "pictures": pictures}
 
 
 class Matching:
@@ -188,6 +189,7 @@ def generation(
     partition: Partitioner,
     model: ImageGeneratorBuilder,
     features: FeatureMapsBuilder,
+    compared_by: FeatureMapsBuilder | None = None,
     size: int = 32,
     averaging: Averaging = "adam",
     ama_lr: float = _AMA_LR,
@@ -200,6 +202,8 @@ def generation(
         partition: Who holds which part of it.
         model: The generator.
         features: The network whose features are matched.
+        compared_by: The network by whose features generated pictures are compared with test pictures, such as FID's
+            Inception; None for the one above.
         size: Height and width of generated pictures; real ones are resized to it.
         averaging: How a client's differences of moments are averaged over steps: GFMN's Adam moving average, a plain
             moving average of generated moments, or not.
@@ -212,4 +216,6 @@ def generation(
     shape = (data.input_shape[0], size, size)
     with torch.device("meta"):
         judging.check(model(shape))
-    return Generation(data, parts, model, features(shape), size, averaging, ama_lr, seed, judging)
+    maps = features(shape)
+    judges = maps if compared_by is None else compared_by(shape)
+    return Generation(data, parts, model, maps, judges, size, averaging, ama_lr, seed, judging)
