@@ -16,11 +16,11 @@ from fedray.algorithm import Client, Metrics
 from fedray.data import Dataset, Partition
 from fedray.learner import Columns, Learner, LossFunction, Task
 from fedray.models.feature_maps import FeatureMaps
-from fedray.models.pictures import in_range
+from fedray.models.pictures import generated, in_range
 from fedray.seeds import seed_for
 from fedray.tasks import holdings
 from fedray.tasks.classification import Partitioner
-from fedray.tasks.judging import Judging, latent
+from fedray.tasks.judging import Judging
 from fedray.trees import Tree
 
 ImageGeneratorBuilder = Callable[[tuple[int, ...]], nn.Module]
@@ -145,12 +145,6 @@ class Matching:
         second = self.kept[f"{name}_second"].mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
         root = (second / (1 - _BETA2**steps)).sqrt_().add_(1e-8)
         v.addcdiv_(first, root, value=-self._lr / (1 - _BETA1**steps))
-
-
-def generated(model: nn.Module, count: int) -> torch.Tensor:
-    """Pictures of noise from torch's global generator."""
-    device = next(model.parameters()).device
-    return model(torch.randn(count, latent(model), device=device))
 
 
 def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

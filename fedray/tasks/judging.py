@@ -15,6 +15,7 @@ from fedray.bits import final_mask, flat
 from fedray.learner import Columns
 from fedray.metrics.quality import frechet_of, prdc
 from fedray.models.masked import Masked, probabilities, under
+from fedray.models.pictures import latent
 from fedray.seeds import seed_for
 
 Masks = Literal["fresh", "fixed", "threshold"]
@@ -104,11 +105,6 @@ def mask_of(model: nn.Module, kind: Masks) -> torch.Tensor | None:
 def is_masked(model: nn.Module) -> bool:
     """Whether there are masks."""
     return any(isinstance(module, Masked) for module in model.modules())
-
-
-def latent(model: nn.Module) -> int:
-    """The length of a generator's noise."""
-    return int(model.latent)  # type: ignore[arg-type]
 
 
 def sheet(pictures: np.ndarray) -> bytes:
