@@ -1,5 +1,6 @@
 """Generated pictures beside test pictures: what is measured, by whatever workers, and the sheets of samples."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -228,6 +229,14 @@ def test_every_evaluation_leaves_a_sheet_and_the_fixed_mask_is_the_exported_one(
     with without_page():
         assert resume(tmp_path / "a").finished
     assert sheets(tmp_path / "a") == whole | {"mine.png": b"of a user"}
+
+
+def test_a_report_says_which_round_had_the_least_distance(tmp_path):
+    (tmp_path / "config.yaml").write_text("rounds: 4\n")
+    records = [{"round": 0}, {"round": 2, "frechet_distance": 3.25}, {"round": 4, "frechet_distance": 7.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = write_report([tmp_path], tmp_path / "report.html").read_text()
+    assert "<dt>Fréchet distance</dt><dd>7.5000</dd><p>best 3.2500, round 2</p>" in page
 
 
 def test_a_report_shows_the_first_sheet_the_newest_and_some_between(tmp_path):

@@ -33,6 +33,8 @@ from fedray.metrics.quality import frechet_distance
 from fedray.models.feature_maps import Vgg19, small_cnn
 from fedray.models.image_generators import masked_resnet_generator, released_bytes, resnet_generator
 from fedray.models.masked import Masking, mask
+from fedray.models.masked import masked as masked_model
+from fedray.models.nets import paired_conv
 from fedray.models.pictures import in_range
 from fedray.runs import run
 from fedray.tasks.generation import Generation, Matching, generation
@@ -495,6 +497,16 @@ def test_a_configuration_of_prism_runs_and_says_what_it_was_compared_by(tmp_path
     (folder / "mask.safetensors").unlink()
     with pytest.raises(DataError, match="holds no exported mask"):
         load_masked(folder)
+
+
+@pytest.mark.parametrize("depth", [4, 6, 10])
+def test_every_weight_of_fedpms_networks_has_a_score(depth):
+    with torch.device("meta"):
+        plain = paired_conv((3, 32, 32), 10, depth)
+        model = masked_model((3, 32, 32), 10, lambda shape, classes: paired_conv(shape, classes, depth))
+    weights = sum(p.numel() for p in plain.parameters() if p.dim() > 1)
+    assert sum(s.numel() for s in scores(model).values()) == weights
+    assert len(scores(model)) == depth + 3
 
 
 def test_fedpm_learns_a_mask_of_a_classifier(tmp_path):

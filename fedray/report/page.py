@@ -21,6 +21,7 @@ from fedray.report.compare import (
     Group,
     Rows,
     best_accuracy,
+    best_distance,
     curve,
     default_targets,
     difference_rows,
@@ -119,6 +120,10 @@ def _headline(run: RunRecord) -> str:
     cards = []
     if accuracy is not None:
         cards.append(("test accuracy", quantity(accuracy, 4), f"best {best[0]:.4f}, round {best[1]}" if best else ""))
+    if nearest := best_distance(run):
+        newest = final_number(run, "frechet_distance")
+        note = f"best {quantity(nearest[0], 4)}, round {nearest[1]}"
+        cards.append(("Fréchet distance", "" if newest is None else quantity(newest, 4), note))
     if macro_f1 is not None:
         cards.append(("macro F1", quantity(macro_f1, 4), f"test loss {quantity(loss)}" if loss is not None else ""))
     if done is not None:
