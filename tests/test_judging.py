@@ -244,6 +244,20 @@ def test_a_report_shows_the_first_sheet_the_newest_and_some_between(tmp_path):
     for number in range(31):
         checkpoint.write_sheet(tmp_path, number, bytes([number]))
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
-    shown = [number for number in range(31) if f"generated in round {number}" + '"' in page]
+    shown = [number for number in range(31) if f"<figcaption>round {number}<" in page]
     assert (len(shown), shown[0], shown[-1]) == (12, 0, 30)
-    assert len(read_run(tmp_path).samples) == 31
+    assert read_run(tmp_path).samples == {number: bytes([number]) for number in range(31)}
+
+
+def test_a_report_of_several_runs_shows_the_newest_sheet_of_each(tmp_path):
+    for name, number in (("a", 4), ("b", 6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"rounds: {number}\n")
+        for earlier in (0, number):
+            checkpoint.write_sheet(tmp_path / name, earlier, b"a picture")
+    page = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report.html").read_text()
+    assert [f"<figcaption>{caption}<" in page for caption in ("a, round 4", "b, round 6", "a, round 0")] == [
+        True,
+        True,
+        False,
+    ]

@@ -105,6 +105,7 @@ def _several(runs: Sequence[RunRecord], targets: Sequence[float] | None) -> str:
         "".join(_notes(run, run.name) for run in members),
         _section("Curves", "".join(rows) and _legend(labels) + "".join(rows), band.strip() if seeds else ""),
         _section("What the configurations differ in", _table(difference_rows(groups))),
+        _section("Generated pictures", _newest_pictures(members)),
         _multiples(groups, _TOLD),
         *(_section(f"Who held what: {label}", picture) for picture, label in reversed(partitions.items()) if picture),
         _section("Configurations", "".join(_settings(run, f" of {run.name}") for run in members)),
@@ -234,12 +235,22 @@ def _pictures(run: RunRecord) -> str:
     rounds = sorted(run.samples)
     if len(rounds) > _MAX_SHEETS:
         rounds = [rounds[k * (len(rounds) - 1) // (_MAX_SHEETS - 1)] for k in range(_MAX_SHEETS)]
-    figures = []
-    for number in rounds:
-        content = base64.b64encode(run.samples[number].read_bytes()).decode()
-        picture = f'<img alt="generated in round {number}" src="data:image/png;base64,{content}">'
-        figures.append(f"<figure>{picture}<figcaption>round {number}</figcaption></figure>")
-    return f'<div class="grid small">{"".join(figures)}</div>' if figures else ""
+    return _sheets([(f"round {number}", run.samples[number]) for number in rounds])
+
+
+def _newest_pictures(runs: Sequence[RunRecord]) -> str:
+    """Samples of the newest evaluation of each run, as many as fit."""
+    newest = [(run, max(run.samples)) for run in runs if run.samples][:_MAX_SHEETS]
+    return _sheets([(f"{run.name}, round {number}", run.samples[number]) for run, number in newest])
+
+
+def _sheets(sheets: Sequence[tuple[str, bytes]]) -> str:
+    pictures = "".join(
+        f'<figure><img alt="generated pictures" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        for caption, content in sheets
+    )
+    return f'<div class="grid small">{pictures}</div>' if pictures else ""
 
 
 def _compared(run: RunRecord) -> str:
