@@ -114,6 +114,43 @@ def collect(report: Callable[[list[Any]], Any] = list) -> Aggregator:
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A tensor with a row for each example; more of them are put behind, where other tensors are added up."""
+
+    values: torch.Tensor
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return Rows(torch.cat([self.values, other.values]))
+
+
+def total_with_rows() -> Aggregator:
+    """`total` of updates that are mappings, whose `Rows` are put behind each other in the order of the cohort."""
+    added, kept = total(), collect()
+
+    def accumulate(acc: Any, client: Client, result: ClientResult) -> Any:
+        rows = {name: value.values.cpu() for name, value in result.update.items() if isinstance(value, Rows)}
+        sums = {name: value for name, value in result.update.items() if name not in rows}
+        return (
+            added.accumulate(acc[0], client, replace(result, update=sums)),
+            kept.accumulate(acc[1], client, replace(result, update=rows)),
+        )
+
+    def report(acc: Any) -> Any:
+        sums, weight = added.report(acc[0])
+        pieces = kept.report(acc[1])
+        names = pieces[0] if pieces else ()
+        return {**(sums or {}), **{name: Rows(torch.cat([piece[name] for piece in pieces])) for name in names}}, weight
+
+    return Aggregator(
+        lambda: (added.zero(), kept.zero()),
+        accumulate,
+        lambda a, b: (added.merge(a[0], b[0]), kept.merge(a[1], b[1])),
+        report,
+        grows=True,
+    )
+
+
 def with_members(inner: Aggregator) -> Aggregator:
     """Another aggregation, beside the clients that are in it, in the order of the cohort: ``(aggregate, clients)``."""
 

@@ -11,7 +11,10 @@ import torch
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientResult
 from fedray.data.dataset import import_extra
+from fedray.seeds import seed_for
 from fedray.trees import Params
+
+Share = Literal["weights", "tensors", "released"]
 
 
 def flat(params: Params) -> torch.Tensor:
@@ -30,18 +33,36 @@ def shaped(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> Params:
     return cut
 
 
-def split(params: Params, share: float) -> tuple[Params, Params]:
-    """The first tensors, until they hold this share of all numbers, and the others."""
-    left, first = share * sum(p.numel() for p in params.values()), {}
-    for name, p in params.items():
+def split(params: Params, share: float, of: Share = "weights") -> tuple[Params, Params]:
+    """The first tensors, until they are this share of the whole, and the others.
+
+    Args:
+        params: All.
+        share: In 0..1.
+        of: What it is a share of: numbers, tensors, or the entries that PRISM's released code has of its generator. It
+            registers the convolutions of a block twice, and the later of the two counts.
+    """
+    sizes = [p.numel() for p in params.values()] if of == "weights" else [1] * len(params)
+    if of == "released":
+        blocks, odd = divmod(len(params) - 2, 3)
+        if odd or blocks < 1:
+            raise ValueError("alpha_of is released, which needs the masked_resnet_generator; choose weights or tensors")
+        sizes = [4, *([1, 1, 4] * blocks)[:-1], 1, 1]  # how far it is to the entry of the next
+    left, first = round(share * sum(sizes), 6), {}
+    for (name, p), size in zip(params.items(), sizes, strict=True):
         if left > 0:
-            first[name], left = p, left - p.numel()
+            first[name], left = p, left - size
     return first, {name: p for name, p in params.items() if name not in first}
 
 
 def draw(theta: torch.Tensor, seed: int) -> torch.Tensor:
     """A mask (bool) whose bits are true with the probabilities ``theta``."""
     return torch.rand(theta.shape, generator=torch.Generator().manual_seed(seed)) < theta
+
+
+def final_mask(theta: Params) -> torch.Tensor:
+    """The one mask (bool) of a trained model, whose weights are kept with these probabilities; always the same."""
+    return draw(flat(theta), seed_for("final mask"))
 
 
 def pack(bits: torch.Tensor) -> torch.Tensor:
@@ -116,6 +137,16 @@ def described(bits: torch.Tensor) -> dict[str, float]:
     """
     p = density(bits)
     return {"mask_density": p, "mask_entropy": -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)}
+
+
+def estimated_bits(bits: torch.Tensor) -> dict[str, float]:
+    """Bits that an ideal coder takes for a bit of a mask whose number of ones it is told, as FedPM counts.
+
+    >>> estimated_bits(torch.tensor([True, False] * 8))
+    {'estimated_bits': 1.25}
+    """
+    n = max(1, len(bits))
+    return {"estimated_bits": described(bits)["mask_entropy"] + math.log2(n) / n}
 
 
 def density(bits: torch.Tensor) -> float:

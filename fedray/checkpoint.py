@@ -141,14 +141,15 @@ def take_out(run: Path, round: int, out: Path) -> None:
     checkpoint = run / "checkpoints" / f"{round:06d}"
     states = [entry["file"] for entry in _read_document(checkpoint)["clients"].values()]
     of_it = [path.relative_to(run) for path in checkpoint.iterdir()]
-    for name in (*of_it, *states, *(name for name in _OF_A_RUN if (run / name).is_file())):
+    sheets = [path.relative_to(run) for path in run.glob("samples/*.png")]
+    for name in (*of_it, *states, *sheets, *(name for name in _OF_A_RUN if (run / name).is_file())):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         _link(run / name, out / name)
 
 
 def put_back(taken: Path | None, run: Path) -> None:
     """Make ``run`` what `take_out` took; without it, a run that has not begun. What others keep there stays."""
-    for name in ("checkpoints", "client_states"):
+    for name in ("checkpoints", "client_states", "samples"):
         shutil.rmtree(run / name, ignore_errors=True)
     for name in _OF_A_RUN:
         (run / name).unlink(missing_ok=True)
@@ -164,10 +165,19 @@ def _link(source: Path, target: Path) -> None:
 
 
 def forget_after(run: Path, round: int) -> None:
-    """Remove the checkpoints of rounds that will be run again: damaged ones, whose files must not be relied on."""
+    """Remove what there is of rounds that will be run again: damaged checkpoints, and samples."""
     for folder in _folders(run):
         if int(folder.name) > round:
             shutil.rmtree(folder, ignore_errors=True)
+    for sheet in run.glob("samples/*.png"):
+        if sheet.stem.isdigit() and int(sheet.stem) > round:
+            sheet.unlink()
+
+
+def write_sheet(run: Path, round: int, pictures: bytes) -> None:
+    """Keep what a model made in an evaluation: a PNG, ``samples/<round>.png``."""
+    (run / "samples").mkdir(exist_ok=True)
+    replace_file(run / "samples" / f"{round:06d}.png", pictures)
 
 
 def write_params(path: Path, params: dict[str, torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedray.aggregators import total
+from fedray.aggregators import total_with_rows
 from fedray.algorithm import Backend, Client, ClientResult, Metrics
 from fedray.errors import FedrayError
 from fedray.learner import Learner, Task
@@ -19,7 +19,7 @@ def evaluate(task: Task, params: Params, backend: Backend) -> tuple[Metrics, dic
     """
     count = task.num_test_examples
     shards = [Client(id=i, seed=0, slot=i) for i in range(-(-count // SHARD))]
-    (sums, done), _ = backend.map_reduce(_evaluate_shard, params, shards, total(), metered=False)
+    (sums, done), _ = backend.map_reduce(_evaluate_shard, params, shards, total_with_rows(), metered=False)
     if done != len(shards):
         raise FedrayError(
             f"{len(shards) - done:.0f} of {len(shards)} parts of the test set could not be evaluated, and "

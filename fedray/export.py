@@ -9,17 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedray import config
-from fedray.bits import density, draw, flat, pack, unpack
+from fedray.bits import density, final_mask, pack, unpack
 from fedray.errors import ConfigError, DataError
 from fedray.experiment import plan
 from fedray.learner import Learner
 from fedray.models import hugging_face
-from fedray.models.masked import Masked, unmask
+from fedray.models.masked import Masked, probabilities, unmask
 from fedray.peft.factors import is_base, unwrapped
 from fedray.peft.parts import Tuned
 from fedray.peft.saving import save_adapter
-from fedray.seeds import seed_for
-from fedray.trees import Params
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
@@ -51,7 +49,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{file} does not fit the run's own configuration ({error})") from error
     if any(isinstance(module, Masked) for module in model.modules()):
-        return _save_mask(run, learner.params(), folder)  # in the model's order, which a file has not
+        return _save_mask(run, model, folder)
     tuned = [(path, module) for path, module in model.named_modules() if isinstance(module, Tuned)]
     if not tuned:
         raise ConfigError(f"{run} trained no pre-trained model; there is nothing to export in peft's format")
@@ -89,17 +87,20 @@ def load_masked(folder: str | Path) -> nn.Module:
     return unmask(model, unpack(packed, size))
 
 
-def _save_mask(run: Path, scores: Params, folder: Path) -> Path:
+def _save_mask(run: Path, model: nn.Module, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    vector = flat(scores)
-    bits = draw(vector.sigmoid(), seed_for("final mask"))
+    bits = final_mask(probabilities(model))
     save_file({"mask": pack(bits)}, folder / "mask.safetensors")
     shutil.copy(run / "config.yaml", folder)
+    weights, kept = len(bits), int(bits.sum())
     size = {
-        "weights": len(vector),
+        "weights": weights,
+        "kept": kept,
         "density": density(bits),
-        "bytes": -(-len(vector) // 8),
-        "bytes_float32": 4 * len(vector),
+        "bytes": -(-weights // 8),
+        "bytes_two_bits": -(-weights // 4),  # with the signs of the frozen weights, for whoever has not the seed
+        "bytes_float32": 4 * weights,
+        "bytes_float32_kept": 4 * kept,
     }
     (folder / "mask.json").write_text(json.dumps(size, indent=2) + "\n")
     return folder

@@ -85,7 +85,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: torch.nn.Module, batch: Columns) -> dict[str, Any]:
-        """Sums over a batch (tensors of whole numbers, or floats) that can be added over batches."""
+        """Sums over a batch (tensors of whole numbers, or floats) that can be added over batches, and `Rows`."""
         ...
 
     def summarize(self, sums: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:

@@ -170,7 +170,11 @@ class Mirror:
         for name in there:
             self._copied[name] = None
             folder = name.rpartition("/")[0]
-            if (names and name not in names) or _aside(name) or (_checkpoint(name) and folder not in whole):
+            if (
+                (names and name not in names and not _sample(name))
+                or _aside(name)
+                or (_checkpoint(name) and folder not in whole)
+            ):
                 continue  # a checkpoint without its state.json is what an interrupted copy has left
             target = self.folder / name
             if not target.resolve().is_relative_to(self.folder.resolve()):
@@ -378,6 +382,10 @@ def _stamp(path: Path) -> Stamp | None:
 
 def _checkpoint(name: str) -> bool:
     return name.startswith("checkpoints/")
+
+
+def _sample(name: str) -> bool:
+    return name.startswith("samples/")
 
 
 def _state_of(name: str) -> str:

@@ -57,6 +57,8 @@ def train(
 
     def test(number: int) -> dict[str, float]:
         metrics, details = evaluate(experiment.task, state.params, backend)
+        if pictures := details.pop("pictures", None):
+            checkpoint.write_sheet(folder, number, pictures)
         checkpoint.replace_file(folder / "evaluation.json", _json({"round": number, **details}).encode())
         return metrics
 

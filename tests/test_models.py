@@ -35,6 +35,9 @@ def count(name: str, input_shape: tuple[int, ...], num_classes: int = 10, **opti
         (504_420, "convnet", COLOUR, 100, {}),
         (317_706, "convnet", GREY, 10, {}),  # 1,280 + 2 x 147,584 + 3 x 256 + 20,490
         (10_535_526, "convnet", (3, 224, 224), 102, {}),
+        (4_301_642, "paired_conv", COLOUR, 10, {"depth": 2}),  # published as 4.3 and 2.4 million
+        (2_425_930, "paired_conv", COLOUR, 10, {}),
+        (2_262_602, "paired_conv", COLOUR, 10, {"depth": 6}),  # 1,145,408 in convolutions, the rest in dense layers
         (11_173_962, "resnet18", COLOUR, 10, {"norm": "batch"}),
         (11_173_962, "resnet18", COLOUR, 10, {}),
         (11_689_512, "resnet18", (3, 224, 224), 1000, {"norm": "batch", "stem": "7x7"}),  # torchvision's
@@ -162,7 +165,7 @@ def test_dense_models_take_any_shape(name: str):
         assert MODELS[name](input_shape, 2)(torch.randn(3, *input_shape)).shape == (3, 2)
 
 
-SMALLEST = {"cnn": 6, "lenet": 12, "convnet": 8, "resnet18": 8, "resnet20": 4}
+SMALLEST = {"cnn": 6, "lenet": 12, "convnet": 8, "paired_conv": 4, "resnet18": 8, "resnet20": 4}
 
 
 @pytest.mark.parametrize(("name", "side"), SMALLEST.items())
@@ -204,6 +207,8 @@ def test_empty_inputs_and_no_classes_are_refused(name: str):
         ("convnet", {"width": 0}, "^width is 0; it must be >= 1"),
         ("convnet", {"depth": 0}, "^depth is 0; it must be >= 1"),
         ("convnet", {"depth": 5}, r"convnet needs images of at least 32 x 32 pixels"),
+        ("paired_conv", {"depth": 3}, "^depth is 3; it must be even, and at least 2"),
+        ("paired_conv", {"depth": 10}, r"paired_conv needs images of at least 32 x 32 pixels"),
         ("resnet18", {"groups": 3}, "^groups is 3; it must divide 64"),
         ("resnet20", {"groups": 32}, "^groups is 32; it must divide 16"),
         ("resnet20", {"groups": 0}, "^groups is 0; it must be >= 1"),

@@ -455,6 +455,14 @@ def test_a_report_reads_runs_at_uris_and_only_their_small_files(uri, local, monk
     assert set(read) == {"config.yaml", "environment.json", "partition.npz", "metrics.jsonl", "evaluation.json"}
 
 
+def test_samples_of_a_generator_are_among_what_a_report_reads(uri, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("rounds: 2\n")
+    checkpoint.write_sheet(tmp_path / "run", 2, b"a picture")
+    storage.copy(tmp_path / "run", uri)
+    assert storage.read(uri).samples == {2: b"a picture"}
+
+
 # mistakes
 
 

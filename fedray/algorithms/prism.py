@@ -7,16 +7,30 @@ masks, M_old ~ Bern(sigmoid(s_t)) and M_new ~ Bern(θ̄), differ: s_{t+1} = d·l
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from fedray.aggregators import total
 from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
-from fedray.bits import check, coded_bits, described, distance, draw, flat, pack, shaped, split, unpacking
+from fedray.bits import (
+    Share,
+    check,
+    coded_bits,
+    described,
+    distance,
+    draw,
+    estimated_bits,
+    flat,
+    pack,
+    shaped,
+    split,
+    unpacking,
+)
 from fedray.learner import Learner
 from fedray.local_training import LocalTraining
-from fedray.mask_privacy import account, noisy
+from fedray.mask_privacy import MaskPrivacy
 from fedray.seeds import seed_for
 from fedray.trees import Params, scale
 
@@ -42,9 +56,8 @@ def prism(
     reset_every: int = 1,
     masks: int = 1,
     alpha: float = 0.0,
-    noise: Literal["none", "release", "code_intent"] = "none",
-    clip: float = 0.0,
-    claimed_epsilon: float = 9.8,
+    alpha_of: Share = "weights",
+    privacy: MaskPrivacy = MaskPrivacy(),
     coded: bool = False,
 ) -> FederatedAlgorithm:
     """Stochastic binary masks with a dynamic moving average (PRISM, Seo et al., 2025; mada=none is PRISM† and FedPM).
@@ -58,16 +71,15 @@ def prism(
         space: Whether the average is of scores (the released code) or of probabilities (the paper's figure).
         reset_every: Rounds after which FedPM's Beta posterior starts anew; 1 for the mean of the round's masks.
         masks: Masks that a client sends.
-        alpha: Share of the weights, in the last layers, whose scores are sent and averaged instead (PRISM-α).
-        noise: What happens to probabilities before masks are drawn: nothing; what the released code does, which clamps
-            the raw scores and throws its noise away; or what it seems to intend, Gaussian noise.
-        clip: Probabilities are then kept this far from 0 and 1.
-        claimed_epsilon: ε that the noise is made for; the metric epsilon is the one that it supports, at δ = 1e-5.
+        alpha: Share of the model, its last tensors, whose scores are sent and averaged instead (PRISM-α).
+        alpha_of: What it is a share of: the weights, the tensors, or the 20 entries that the released code has of them.
+        privacy: What happens to probabilities before masks are drawn.
         coded: Measure the bits a weight of a mask that is coded by what the server knows, and decode it again.
     """
     if local.local_optimizer == "sgd":
         raise ValueError("local_optimizer is sgd; scores are learnt by adam or adamw, whose moments the clients keep")
-    check(alpha=(alpha, 0, 1), clip=(clip, 0, 0.49), rate=(rate, 0, 1), reset_every=(reset_every, 1), masks=(masks, 1))
+    check(alpha=(alpha, 0, 1), rate=(rate, 0, 1), reset_every=(reset_every, 1), masks=(masks, 1))
+    parts = partial(split, share=1 - alpha, of=alpha_of)
 
     def client_update(learner: Learner, scores: Params, client: Client) -> ClientResult:
         kept = {} if client.state is None else client.state
@@ -75,21 +87,21 @@ def prism(
         objective = getattr(learner.task, "objective", None)
         loss = objective(learner, client, kept.get("objective")) if objective else None
         y = learner.train(scores, client, local, loss=loss, moments=moments)
-        masked, scored = split(y.params, 1 - alpha)
-        theta = flat(noisy(masked, noise, clip, claimed_epsilon, seed_for(client.seed, "noise")))
+        masked, scored = parts(y.params)
+        theta = flat(privacy.probabilities(masked, seed_for(client.seed, "noise")))
         bits = [draw(theta, seed_for(client.seed, "mask", i)) for i in range(masks)]
-        known = flat(split(scores, 1 - alpha)[0]).sigmoid()
+        known = flat(parts(scores)[0]).sigmoid()
         before = draw(known, seed_for(client.seed, "global"))
-        metrics = {"train_loss": y.loss, "local_divergence": distance(before, bits[0])}
+        metrics = {"train_loss": y.loss, "local_divergence": distance(before, bits[0]), **estimated_bits(bits[0])}
         metrics |= {"coded_bits": coded_bits(bits[0], known)} if coded else {}
         state = {"moments": moments, **({"objective": loss.kept} if loss else {})}
         return ClientResult({"masks": [pack(each) for each in bits], "scores": scored}, 1, metrics, state)
 
     def init(scores: Params) -> ServerState:
-        return ServerState(scores, torch.zeros_like(flat(split(scores, 1 - alpha)[0])), 0.0)
+        return ServerState(scores, torch.zeros_like(flat(parts(scores)[0])), 0.0)
 
     def apply(state: ServerState, cohort: Sequence[Client], backend: Backend) -> tuple[ServerState, Metrics]:
-        old, rule = flat(split(state.params, 1 - alpha)[0]), unpacking(total(), len(state.ones))
+        old, rule = flat(parts(state.params)[0]), unpacking(total(), len(state.ones))
         (sent, present), metrics = backend.map_reduce(client_update, state.params, cohort, rule, keeps_state=True)
         goes_on = (cohort[0].round - 1) % reset_every != 0
         ones, count = sent["ones"] + goes_on * state.ones, present * masks + goes_on * state.masks
@@ -103,7 +115,7 @@ def prism(
         new = d * theta.logit() + (1 - d) * old
         if space == "probability":
             new = (d * theta + (1 - d) * old.sigmoid()).logit()
-        spent = account(split(state.params, 1 - alpha)[0], noise, clip, claimed_epsilon, cohort[0].round * masks)
+        spent = privacy.account(parts(state.params)[0], cohort[0].round, masks, bare=alpha > 0)
         new_scores = shaped(new, state.params) | scale(sent["scores"], 1 / present)
         return ServerState(new_scores, ones, count), {**metrics, "mada_weight": d, **described(m_new), **spent}
 

@@ -52,6 +52,7 @@ def hub(
     columns: list[str] | None = None,
     image_size: int | None = None,
     image_mode: ImageMode = "auto",
+    image_crop: int | None = None,
     sample_rate: int | None = None,
     seconds: float | None = None,
     test_fraction: float = 0.2,
@@ -73,13 +74,17 @@ def hub(
         columns: further columns to keep, to partition by; null keeps whole numbers and short texts.
         image_size: side in pixels to which images are resized; needed if they differ in size.
         image_mode: L for grey, RGB for colour; auto is grey if all images are.
+        image_crop: side in pixels of the square that is cut out of the middle of each image before it is resized.
         sample_rate: in hertz, to which sounds are resampled; needed if they differ.
         seconds: length to which sounds are cut or padded; needed if they differ.
         test_fraction: part of each class kept for testing, if there is no test split.
         split_by: column; examples with the same value all fall into train or all into test.
         split_seed: seed of the split into train and test.
     """
-    for option, value in (("image_size", image_size), ("sample_rate", sample_rate), ("seconds", seconds)):
+    for option, value in (
+        *(("image_size", image_size), ("image_crop", image_crop)),
+        *(("sample_rate", sample_rate), ("seconds", seconds)),
+    ):
         if value is not None and not value > 0:
             raise ValueError(f"{option} is {value}; it must be > 0")
     with load(path, subset) as splits:
@@ -93,7 +98,7 @@ def hub(
         features = tables["train"].features
         x_name, kind = _input_column(features, x, path)
         y_name = _label_column(features, label, path)
-        inputs = _inputs(tables, x_name, kind, path, image_size, image_mode, sample_rate, seconds)
+        inputs = _inputs(tables, x_name, kind, path, image_size, image_mode, image_crop, sample_rate, seconds)
         labels = {part: _column(table, y_name, path) for part, table in tables.items()}
         y, classes = encode_labels(labels, path, getattr(features[y_name], "names", None))
         further = _further(tables, columns, {x_name, y_name, "x", "y"}, path)
@@ -209,6 +214,7 @@ def _inputs(
     path: str,
     image_size: int | None,
     image_mode: ImageMode,
+    image_crop: int | None,
     sample_rate: int | None,
     seconds: float | None,
 ) -> dict[str, np.ndarray]:
@@ -226,7 +232,7 @@ def _inputs(
 
     splits = {part: lambda table=table: cells(table) for part, table in tables.items()}
     if kind == "Image":
-        return decode_images(splits, path, image_size, image_mode)
+        return decode_images(splits, path, image_size, image_mode, image_crop)
     return decode_audio(splits, path, sample_rate, seconds)
 
 

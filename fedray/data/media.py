@@ -19,7 +19,9 @@ _GREY = {"1", "L", "LA"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}
 
 
-def decode_images(splits: Mapping[str, Cells], where: str, size: int | None, mode: ImageMode) -> dict[str, np.ndarray]:
+def decode_images(
+    splits: Mapping[str, Cells], where: str, size: int | None, mode: ImageMode, crop: int | None = None
+) -> dict[str, np.ndarray]:
     """Images as uint8 N×C×H×W per split, of one size and one number of channels throughout.
 
     Args:
@@ -27,6 +29,7 @@ def decode_images(splits: Mapping[str, Cells], where: str, size: int | None, mod
         where: what messages call the data.
         size: side of the square to which each image is resized (bilinear, whatever its aspect); None: leave them.
         mode: "L" grey, "RGB" colour; "auto": grey if all are.
+        crop: side of the square that is cut out of the middle of each image before that; None: the whole image.
 
     Raises:
         DataError: if an image cannot be read, or the sizes differ and ``size`` is None.
@@ -37,7 +40,7 @@ def decode_images(splits: Mapping[str, Cells], where: str, size: int | None, mod
     for split, cells in splits.items():
         for i, cell in enumerate(cells()):
             name = f"{where} ({split}), image {i}"
-            image = _decode_image(cell, name, size, mode)
+            image = _decode_image(cell, name, size, mode, crop)
             common = common or image.shape[1:]
             if image.shape[1:] != common:
                 (h, w), (h0, w0) = image.shape[1:], common
@@ -120,7 +123,9 @@ def _file(cell: Mapping[str, Any]) -> str:
     return f" ({cell['path']})" if cell["path"] else ""
 
 
-def _decode_image(cell: Mapping[str, Any], name: str, size: int | None, mode: ImageMode) -> np.ndarray:
+def _decode_image(
+    cell: Mapping[str, Any], name: str, size: int | None, mode: ImageMode, crop: int | None
+) -> np.ndarray:
     """One image as uint8 C×H×W, upright; in mode "auto" C is 1 if it is grey, else 3."""
     from PIL import Image, ImageOps
 
@@ -133,6 +138,9 @@ def _decode_image(cell: Mapping[str, Any], name: str, size: int | None, mode: Im
             image = ImageOps.exif_transpose(image)
         wanted = mode if mode != "auto" else "L" if image.mode in _GREY else "RGB"
         image = image if image.mode == wanted else image.convert(wanted)
+        if crop is not None:
+            left, top = ((side - crop) // 2 for side in image.size)
+            image = image.crop((left, top, left + crop, top + crop))
         image = image if size is None else image.resize((size, size), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -22,7 +22,7 @@ from fedray.models.causal_lm import causal_lm
 from fedray.models.classifier import Classifier
 from fedray.models.clip import clip
 from fedray.models.masked import masked
-from fedray.models.nets import cnn, convnet, lenet, mlp, softmax
+from fedray.models.nets import cnn, convnet, lenet, mlp, paired_conv, softmax
 from fedray.models.pretrained import pretrained
 from fedray.models.resnet import resnet18, resnet20
 from fedray.models.transformer import transformer
@@ -38,6 +38,7 @@ __all__ = [
     "lenet",
     "masked",
     "mlp",
+    "paired_conv",
     "pretrained",
     "resnet18",
     "resnet20",
@@ -50,6 +51,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
     "lenet": lenet,
     "convnet": convnet,
+    "paired_conv": paired_conv,
     "resnet18": resnet18,
     "resnet20": resnet20,
     "audio_conv_rnn": audio_conv_rnn,

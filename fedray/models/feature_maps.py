@@ -20,6 +20,8 @@ from fedray.errors import DataError
 from fedray.models import hugging_face
 from fedray.models.pictures import in_range
 
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its colours, in 0..1
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureMaps:
@@ -133,53 +135,80 @@ def _trained(network: _Cnn, size: int, x: torch.Tensor, y: torch.Tensor, epochs:
     return network
 
 
-def vgg19_bn(shape: tuple[int, ...], /, path: str) -> FeatureMaps:
+def vgg19_bn(
+    shape: tuple[int, ...],
+    /,
+    path: str = "timm/vgg19_bn.tv_in1k",
+    batch_statistics: bool = True,
+    normalized: bool = False,
+) -> FeatureMaps:
     """VGG19 with BatchNorm (torchvision's ImageNet weights): all 16 ReLU maps, as PRISM and GFMN have it.
 
-    BatchNorm uses the statistics of the batch, as in the released code.
+    A narrower network, whose first layer says how narrow, is taken too, and named so.
 
     Args:
-        shape: (C, H, W) of a picture.
-        path: A file with torchvision's state_dict, as safetensors.
+        shape: (C, H, W) of a picture; H and W are at least 32.
+        path: A safetensors file of torchvision's state_dict, or a hub id or local folder with a model.safetensors
+            whose ``features.*`` are named so, as timm's are.
+        batch_statistics: BatchNorm works by the batch, as in both released codes, and not by ImageNet's statistics.
+        normalized: Colours are normalised as ImageNet's, as in GFMN; PRISM's code does so with generated ones only.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if min(shape[1:]) < 32:
+        raise ValueError("features is vgg19_bn, which halves pictures five times; give pictures of at least 32×32")
+    file = path if Path(path).is_file() else hugging_face.file(path, "model.safetensors")
     try:
-        weights = load_file(path)
+        weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as safetensors ({error}); save vgg19_bn's state_dict so") from error
+    kept = {name: tensor for name, tensor in weights.items() if name.startswith("features.")}
+    width = len(kept.get("features.0.weight", range(64)))
+    with torch.device("meta"):
+        expected = Vgg19(width).state_dict()
+    uncounted = {name: torch.zeros((), dtype=torch.int64) for name in expected if name.endswith("num_batches_tracked")}
+    kept = uncounted | kept  # which old files have not, and nobody needs
+    if {name: tensor.shape for name, tensor in kept.items()} != {n: t.shape for n, t in expected.items()}:
+        raise DataError(f"{path} does not hold torchvision's vgg19_bn: its features.* have other names or shapes")
 
     def build() -> nn.Module:
-        network = Vgg19()
-        kept = {name: tensor for name, tensor in weights.items() if name.startswith("features.")}
-        try:
-            network.load_state_dict(kept)
-        except RuntimeError as error:
-            raise DataError(f"{path} does not hold torchvision's vgg19_bn: {' '.join(str(error).split())}") from error
-        return network.train()
+        network = Vgg19(width, normalized)
+        network.load_state_dict(kept)
+        return network.train(batch_statistics)
 
-    return FeatureMaps("VGG19-BN", build)
+    return FeatureMaps("VGG19-BN" if width == 64 else f"VGG19-BN of width {width}", build)
 
 
 class Vgg19(nn.Module):
-    """The convolutions of VGG19 with BatchNorm, under torchvision's names."""
+    """The convolutions of VGG19 with BatchNorm, under torchvision's names.
 
-    def __init__(self) -> None:
+    Args:
+        width: Channels of the first layer; 64 in the paper (Simonyan and Zisserman, 2015).
+        normalized: Normalise colours as ImageNet's.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, width: int = 64, normalized: bool = False) -> None:
         super().__init__()
+        moments = _IMAGENET if normalized else ((0.5,) * 3, (0.5,) * 3)
+        for name, values in zip(("mean", "std"), moments, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         layers: list[nn.Module] = []
         before = 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0):
-            if width == 0:
-                layers.append(nn.MaxPool2d(2))
-                continue
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            before = width
+        for times, depth in ((1, 2), (2, 2), (4, 4), (8, 4), (8, 4)):
+            for _ in range(depth):
+                after = times * width
+                layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+                before = after
+            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All ReLU maps (N, F), F = 303,104 at 32×32; and the last one's mean (N, 512)."""
-        x, found = x.expand(-1, 3, -1, -1), []
+        x, found = ((x.expand(-1, 3, -1, -1) + 1) / 2 - self.mean) / self.std, []
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.ReLU):
@@ -218,8 +247,39 @@ class _Tower(nn.Module):
         return tokens.flatten(1), tokens[:, 0]
 
 
+def torchscript(shape: tuple[int, ...], /, path: str, size: int | None = None) -> FeatureMaps:
+    """Any network that was saved by torch.jit, such as FID's own Inception-v3: RGB in 0..255 to features (N, d).
+
+    Args:
+        shape: (C, H, W) of a picture.
+        path: The file.
+        size: Height and width that pictures are resized to; None to leave them.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist; give a network that was saved by torch.jit.save")
+    return FeatureMaps(Path(path).stem, lambda: _Scripted(path, size))
+
+
+class _Scripted(nn.Module):
+    def __init__(self, path: str, size: int | None) -> None:
+        super().__init__()
+        self.size = size
+        try:
+            self.network = torch.jit.load(path, map_location="cpu").eval()
+        except RuntimeError as error:
+            raise DataError(f"{path} is no network that torch.jit has saved ({str(error).splitlines()[0]})") from error
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = (x.expand(-1, 3, -1, -1) + 1) * 127.5
+        if self.size is not None:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
+        features = self.network(x).flatten(1)
+        return features, features
+
+
 FEATURE_MAPS: dict[str, Callable[..., FeatureMaps]] = {
     "small_cnn": small_cnn,
+    "torchscript": torchscript,
     "vgg19_bn": vgg19_bn,
     "vision_transformer": vision_transformer,
 }

@@ -119,6 +119,21 @@ def own_moments(path: str, model_type: str) -> tuple[tuple[float, ...], tuple[fl
     return tuple(mean), tuple(std)
 
 
+def file(path: str, name: str) -> str:
+    """Where a file of a hub id or of a local folder is on this machine.
+
+    Raises:
+        DataError: there is no such file, or the hub is out of reach.
+    """
+    try:
+        return transformers().utils.cached_file(path, name, local_files_only=_local(path))
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise DataError(
+            f"{path} has no {name} ({why}); give a file, a folder, or a hub id that can be reached"
+        ) from error
+
+
 def _preprocessing(path: str) -> str | None:
     """The file that says how a model's images were prepared, if it has one."""
     try:

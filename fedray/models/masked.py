@@ -5,7 +5,8 @@ uses w·m. The scores are the only parameters that are trained, so they are all 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 
 ModelBuilder = Callable[[tuple[int, ...], int], nn.Module]
 Frozen = Literal["signed_constant", "kaiming_normal", "fedpm"]
-Scores = Literal["normal", "uniform"]
+Scores = Literal["normal", "uniform", "kaiming_uniform"]
 Mode = Literal["stochastic", "top_k", "threshold"]
 
 
@@ -25,7 +26,7 @@ class Masking:
 
     Args:
         frozen: The weights: ± sqrt(2 / fan_in) (PRISM), normal with that deviation, or ± e·sqrt(1 / fan_in) (FedPM).
-        scores: The first scores: standard normal, or uniform in ±0.1.
+        scores: The first scores: standard normal, uniform in ±0.1, or uniform in ± sqrt(1 / fan_in).
         mode: Whether a mask is drawn, keeps the largest |s| of each tensor, or all of θ > 1/2.
         keep: Share of weights that top_k keeps.
         scaled_gradient: Multiply a drawn mask's gradient by θ, as the released code of both papers does.
@@ -62,10 +63,14 @@ def mask(model: nn.Module, masking: Masking = Masking()) -> nn.Module:
 
 
 def _frozen(weight: torch.Tensor, kind: Frozen) -> torch.Tensor:
-    fan_in = nn.init._calculate_fan_in_and_fan_out(weight)[0]
+    fan_in = _fan_in(weight)
     std = math.sqrt(2 / fan_in) if kind != "fedpm" else math.e * math.sqrt(1 / fan_in)
     drawn = torch.randn_like(weight)
     return drawn * std if kind == "kaiming_normal" else drawn.sign() * std
+
+
+def _fan_in(weight: torch.Tensor) -> int:
+    return nn.init._calculate_fan_in_and_fan_out(weight)[0]
 
 
 class Masked(nn.Module):
@@ -73,27 +78,57 @@ class Masked(nn.Module):
 
     def __init__(self, weight: torch.Tensor, masking: Masking) -> None:
         super().__init__()
-        drawn = torch.randn_like(weight) if masking.scores == "normal" else torch.rand_like(weight) * 0.2 - 0.1
+        bound = 0.1 if masking.scores == "uniform" else _fan_in(weight) ** -0.5
+        drawn = torch.randn_like(weight) if masking.scores == "normal" else torch.rand_like(weight) * 2 * bound - bound
         self.scores = nn.Parameter(drawn)
         self.masking = masking
+        self.fixed: torch.Tensor | None = None  # a mask that is used instead
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The weights under a mask."""
         s, how = self.scores, self.masking
+        if self.fixed is not None:
+            return weight * self.fixed
         if how.mode == "stochastic":
             theta = torch.sigmoid(s)
             mask = torch.bernoulli(theta.detach())
             return weight * straight(mask, theta * theta.detach() if how.scaled_gradient else theta)
-        if how.mode == "threshold":
-            return weight * straight((s > 0).to(s.dtype), s)
-        kept = max(1, round(how.keep * s.numel()))
-        smallest = s.abs().flatten().kthvalue(s.numel() - kept + 1).values
-        return weight * straight((s.abs() >= smallest).to(s.dtype), s.abs())
+        return weight * straight(self.probabilities(), s if how.mode == "threshold" else s.abs())
+
+    def probabilities(self) -> torch.Tensor:
+        """With which each weight is kept; zeros and ones unless masks are drawn."""
+        s = self.scores.detach()
+        if self.masking.mode == "stochastic":
+            return s.sigmoid()
+        if self.masking.mode == "threshold":
+            return (s > 0).to(s.dtype)
+        kept = max(1, round(self.masking.keep * s.numel()))
+        return (s.abs() >= s.abs().flatten().kthvalue(s.numel() - kept + 1).values).to(s.dtype)
 
 
 def straight(mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """The mask, whose gradient goes to ``source`` as it is (Bengio et al., 2013)."""
     return mask + (source - source.detach())
+
+
+def probabilities(model: nn.Module) -> dict[str, torch.Tensor]:
+    """With which a masked model's weights are kept, in the order of its scores."""
+    return {str(number): layer.probabilities() for number, layer in enumerate(_masked_layers(model))}
+
+
+@contextmanager
+def under(model: nn.Module, bits: torch.Tensor | None) -> Iterator[None]:
+    """Let every forward pass use one mask of all weights, in the order of the model's scores; None for its own."""
+    layers, start = _masked_layers(model), 0
+    for layer in layers:
+        if bits is not None:
+            layer.fixed = bits[start : start + layer.scores.numel()].view_as(layer.scores).to(layer.scores.device)
+            start += layer.scores.numel()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fixed = None
 
 
 def unmask(model: nn.Module, bits: torch.Tensor) -> nn.Module:
@@ -103,17 +138,15 @@ def unmask(model: nn.Module, bits: torch.Tensor) -> nn.Module:
         model: A masked one.
         bits: The mask of all its weights, in the order of the model's scores.
     """
-    start = 0
-    for layer in list(model.modules()):
-        if not parametrize.is_parametrized(layer, "weight"):
-            continue
-        frozen: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
-        kept = frozen * bits[start : start + frozen.numel()].view(frozen.shape)
-        parametrize.remove_parametrizations(layer, "weight")
-        with torch.no_grad():
-            layer.weight.copy_(kept)  # type: ignore[operator]
-        start += frozen.numel()
+    with under(model, bits):
+        for layer in list(model.modules()):
+            if parametrize.is_parametrized(layer, "weight"):
+                parametrize.remove_parametrizations(layer, "weight")
     return model
+
+
+def _masked_layers(model: nn.Module) -> list[Masked]:
+    return [module for module in model.modules() if isinstance(module, Masked)]
 
 
 def masked(

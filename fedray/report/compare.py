@@ -100,10 +100,19 @@ def default_targets(runs: Sequence[RunRecord]) -> list[float]:
 
 def best_accuracy(run: RunRecord) -> tuple[float, int] | None:
     """The highest test accuracy and its round; None if there was none."""
-    line = _curve(run, "test_accuracy")
+    return _best(run, "test_accuracy", 1)
+
+
+def best_distance(run: RunRecord) -> tuple[float, int] | None:
+    """The least Fréchet distance of generated pictures and its round; None if there was none."""
+    return _best(run, "frechet_distance", -1)
+
+
+def _best(run: RunRecord, key: str, sign: int) -> tuple[float, int] | None:
+    line = _curve(run, key)
     if not np.isfinite(line.y).any():
         return None
-    at = int(np.nanargmax(line.y))
+    at = int(np.nanargmax(sign * line.y))
     return float(line.y[at]), int(line.x["rounds"][at])
 
 

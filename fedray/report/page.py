@@ -1,10 +1,10 @@
 """The report: one HTML page that needs nothing but itself, for one run or for several beside each other."""
 
+import base64
 import html
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ from fedray.report.compare import (
     Group,
     Rows,
     best_accuracy,
+    best_distance,
     curve,
     default_targets,
     difference_rows,
@@ -34,6 +35,7 @@ from fedray.report.compare import (
 from fedray.report.read import RunRecord, flat, read_run, scalars
 
 _MAX_MULTIPLES = 36  # small pictures of what the algorithm reported
+_MAX_SHEETS = 12  # of generated pictures
 # elsewhere on the page
 _TOLD = {"round", "train_loss", "test_loss", "test_accuracy", "clients_sampled", "seconds", "virtual_seconds"}
 _IDLE = "A worker is idle while it waits for another or for the driver, whose broadcast and merge are counted apart."
@@ -71,7 +73,7 @@ def _one(run: RunRecord) -> str:
         _notes(run),
         _section("Curves", "".join(rows)),
         _section("Classes", _classes(run)),
-        _section("Generated pictures", _pictures(run)),
+        _section("Generated pictures", _pictures(run), _compared(run)),
         _section("Who held what", _partition(run)),
         _section("Where the time went", _phases(run)),
         _section("What the workers did", _profile(run), _IDLE),
@@ -103,6 +105,7 @@ def _several(runs: Sequence[RunRecord], targets: Sequence[float] | None) -> str:
         "".join(_notes(run, run.name) for run in members),
         _section("Curves", "".join(rows) and _legend(labels) + "".join(rows), band.strip() if seeds else ""),
         _section("What the configurations differ in", _table(difference_rows(groups))),
+        _section("Generated pictures", _newest_pictures(members)),
         _multiples(groups, _TOLD),
         *(_section(f"Who held what: {label}", picture) for picture, label in reversed(partitions.items()) if picture),
         _section("Configurations", "".join(_settings(run, f" of {run.name}") for run in members)),
@@ -118,6 +121,10 @@ def _headline(run: RunRecord) -> str:
     cards = []
     if accuracy is not None:
         cards.append(("test accuracy", quantity(accuracy, 4), f"best {best[0]:.4f}, round {best[1]}" if best else ""))
+    if nearest := best_distance(run):
+        newest = final_number(run, "frechet_distance")
+        note = f"best {quantity(nearest[0], 4)}, round {nearest[1]}"
+        cards.append(("Fréchet distance", "" if newest is None else quantity(newest, 4), note))
     if macro_f1 is not None:
         cards.append(("macro F1", quantity(macro_f1, 4), f"test loss {quantity(loss)}" if loss is not None else ""))
     if done is not None:
@@ -224,15 +231,31 @@ def _classes(run: RunRecord) -> str:
 
 
 def _pictures(run: RunRecord) -> str:
-    """Samples of the newest evaluation, and the network that they are compared by."""
-    evaluation = run.evaluation or {}
-    picture = str(evaluation.get("pictures", ""))
-    if not re.fullmatch(r"[A-Za-z0-9+/]+=*", picture):
-        return ""
-    note = html.escape(f"round {evaluation.get('round')}; distances are by: {evaluation.get('extractor')}")
-    style = "image-rendering:pixelated;width:24rem;max-width:100%"
-    shown = f'<img style="{style}" alt="generated pictures" src="data:image/png;base64,{picture}">'
-    return f"<figure>{shown}<p>{note}</p></figure>"
+    """Samples of evaluations from the first to the newest."""
+    rounds = sorted(run.samples)
+    if len(rounds) > _MAX_SHEETS:
+        rounds = [rounds[k * (len(rounds) - 1) // (_MAX_SHEETS - 1)] for k in range(_MAX_SHEETS)]
+    return _sheets([(f"round {number}", run.samples[number]) for number in rounds])
+
+
+def _newest_pictures(runs: Sequence[RunRecord]) -> str:
+    """Samples of the newest evaluation of each run, as many as fit."""
+    newest = [(run, max(run.samples)) for run in runs if run.samples][:_MAX_SHEETS]
+    return _sheets([(f"{run.name}, round {number}", run.samples[number]) for run, number in newest])
+
+
+def _sheets(sheets: Sequence[tuple[str, bytes]]) -> str:
+    pictures = "".join(
+        f'<figure><img alt="generated pictures" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        for caption, content in sheets
+    )
+    return f'<div class="grid small">{pictures}</div>' if pictures else ""
+
+
+def _compared(run: RunRecord) -> str:
+    extractor = (run.evaluation or {}).get("extractor")
+    return f"Always of the same noise. Distances are by: {extractor}." if extractor else ""
 
 
 def _partition(run: RunRecord) -> str:

@@ -25,6 +25,7 @@ class RunRecord:
         metrics: one record a round, in the order of the rounds; a number that JSON could not hold is nan.
         classes: the classes' names; empty if the task has none.
         label_counts: examples of each class that each client holds, clients × classes; None if unknown.
+        samples: sheets of generated pictures (PNG) by their round; empty if the task has none.
         evaluation: the confusion matrix with its ``round`` and ``classes``; None before the run has ended.
     """
 
@@ -36,6 +37,7 @@ class RunRecord:
     classes: tuple[str, ...]
     label_counts: np.ndarray | None
     evaluation: dict[str, Any] | None
+    samples: dict[int, bytes]
 
     @property
     def final(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def read_run(folder: Path | str) -> RunRecord:
         classes=classes or tuple(str(name) for name in (evaluation or {}).get("classes", ())),
         label_counts=label_counts,
         evaluation=evaluation,
+        samples=_read_samples(folder / "samples"),
     )
 
 
@@ -179,6 +182,10 @@ def _read_partition(path: Path) -> tuple[tuple[str, ...], np.ndarray | None]:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is corrupt ({_first_line(error)}); remove it to do without") from error
     return classes, counts if counts is not None and counts.ndim == 2 and counts.size else None
+
+
+def _read_samples(folder: Path) -> dict[int, bytes]:
+    return {int(path.stem): path.read_bytes() for path in sorted(folder.glob("*.png")) if path.stem.isdigit()}
 
 
 def _first_line(error: Exception) -> str:

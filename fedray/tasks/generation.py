@@ -4,9 +4,6 @@ dos Santos, Mroueh, Padhi and Dognin, 2019: the means and variances of a fixed n
 are to be those of real ones, without a discriminator.
 """
 
-import base64
-import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,12 +15,12 @@ from torch import nn
 from fedray.algorithm import Client, Metrics
 from fedray.data import Dataset, Partition
 from fedray.learner import Columns, Learner, LossFunction, Task
-from fedray.metrics.quality import frechet_of
 from fedray.models.feature_maps import FeatureMaps
-from fedray.models.pictures import in_range
+from fedray.models.pictures import generated, in_range
 from fedray.seeds import seed_for
 from fedray.tasks import holdings
 from fedray.tasks.classification import Partitioner
+from fedray.tasks.judging import Judging
 from fedray.trees import Tree
 
 ImageGeneratorBuilder = Callable[[tuple[int, ...]], nn.Module]
@@ -31,8 +28,6 @@ FeatureMapsBuilder = Callable[[tuple[int, ...]], FeatureMaps]
 Averaging = Literal["adam", "moving", "none"]
 
 _BLOCK = 64  # pictures whose statistics are taken at a time
-_SHOWN = 36  # generated pictures on the sheet
-_UNIT = 2.0**-16  # of the sums of an evaluation, which are exact within a range
 _AMA_LR, _BETA1, _BETA2 = 1e-5, 0.5, 0.999  # of GFMN's released code
 
 
@@ -44,10 +39,12 @@ class Generation:
     partition: Partition
     build_model: ImageGeneratorBuilder
     feature_maps: FeatureMaps
+    compared_by: FeatureMaps
     size: int
     averaging: Averaging
     ama_lr: float
     seed: int
+    judging: Judging
     average_buffers: bool = False
     augments: bool = False
     losses: LossFunction | None = None
@@ -101,36 +98,13 @@ class Generation:
         return Matching(maps, {name: tensor.clone() for name, tensor in kept.items()}, self.averaging, self.ama_lr)
 
     def evaluate(self, model: nn.Module, batch: Columns) -> dict[str, Any]:
-        """Sums of features and of their products, of the batch and of as many generated."""
-        count, device = len(batch["x"]), batch["x"].device
-        seed = seed_for(self.seed, "evaluation", int(batch["row"][0]))
-        torch.manual_seed(seed)  # masks, too, are drawn anew for each block, as the released code does
-        maps = self.feature_maps.on(device)
-        model.train()  # BatchNorm by the batch, as in training
-        noise = torch.randn(count, latent(model), generator=torch.Generator().manual_seed(seed)).to(device)
-        fake = model(noise)
-        shown = torch.zeros(_SHOWN, *fake.shape[1:], dtype=torch.int64)
-        if int(batch["row"][0]) == 0:  # whole numbers that are added to zeros
-            shown[: len(fake)] = ((fake[:_SHOWN] + 1) * 127.5).round().long().cpu()
-        sums: dict[str, Any] = {"count": torch.tensor(count), "shown": shown}
-        for name, pictures in (("real", batch["x"]), ("fake", fake)):
-            features = maps(pictures)[1].double()
-            sums[f"{name}_sum"] = _UNIT * features.sum(0).cpu()
-            sums[f"{name}_products"] = _UNIT * (features.T @ features).cpu()
-        return sums
+        """Sums over the batch and over as many generated pictures."""
+        return self.judging.judge(model, self.compared_by.on(batch["x"].device), batch, self.seed)
 
     def summarize(self, sums: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
-        """The Fréchet distance of generated pictures to test pictures, under the task's own features."""
-        count = float(sums["count"])
-        units = count * _UNIT
-        moments = []
-        for name in ("real", "fake"):
-            mean = np.asarray(sums[f"{name}_sum"], np.float64) / units
-            products = np.asarray(sums[f"{name}_products"], np.float64) / _UNIT
-            moments.append((mean, (products - count * np.outer(mean, mean)) / max(1.0, count - 1)))
-        distance = frechet_of(*moments[0], *moments[1])
-        details = {"extractor": self.feature_maps.name, "pictures": sheet(np.asarray(sums["shown"]).astype(np.uint8))}
-        return {"test_loss": distance, "frechet_distance": distance}, details
+        """Distances of generated pictures to test pictures, by the features that are compared, and some of them."""
+        metrics, pictures = self.judging.summarize(sums)
+        return metrics, {"extractor": self.compared_by.name, "pictures": pictures}
 
 
 class Matching:
@@ -173,30 +147,6 @@ class Matching:
         v.addcdiv_(first, root, value=-self._lr / (1 - _BETA1**steps))
 
 
-def sheet(pictures: np.ndarray) -> str:
-    """Pictures uint8 (n², C, H, W) as one, n in a row: a PNG in base64."""
-    from PIL import Image
-
-    side = math.isqrt(len(pictures))
-    _, channels, height, width = pictures.shape
-    grid = pictures[: side * side].reshape(side, side, channels, height, width).transpose(0, 3, 1, 4, 2)
-    whole = grid.reshape(side * height, side * width, channels)
-    content = io.BytesIO()
-    Image.fromarray(whole[..., 0] if channels == 1 else whole).save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode()
-
-
-def generated(model: nn.Module, count: int) -> torch.Tensor:
-    """Pictures of noise from torch's global generator."""
-    device = next(model.parameters()).device
-    return model(torch.randn(count, latent(model), device=device))
-
-
-def latent(model: nn.Module) -> int:
-    """The length of a generator's noise."""
-    return int(model.latent)  # type: ignore[arg-type]
-
-
 def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return features.mean(0), features.var(0) if len(features) > 1 else torch.zeros_like(features[0])
 
@@ -233,24 +183,33 @@ def generation(
     partition: Partitioner,
     model: ImageGeneratorBuilder,
     features: FeatureMapsBuilder,
+    compared_by: FeatureMapsBuilder | None = None,
     size: int = 32,
     averaging: Averaging = "adam",
     ama_lr: float = _AMA_LR,
+    judging: Judging = Judging(),
 ) -> Task:
-    """Pictures like the clients', by matching features (GFMN); the Fréchet distance to test pictures is measured.
+    """Pictures like the clients', by matching features (GFMN), compared with test pictures by their features.
 
     Args:
         data: The dataset; labels only deal it out.
         partition: Who holds which part of it.
         model: The generator.
         features: The network whose features are matched.
+        compared_by: The network by whose features generated pictures are compared with test pictures, such as FID's
+            Inception; None for the one above.
         size: Height and width of generated pictures; real ones are resized to it.
         averaging: How a client's differences of moments are averaged over steps: GFMN's Adam moving average, a plain
             moving average of generated moments, or not.
         ama_lr: Learning rate of the Adam moving average.
+        judging: How generated pictures are compared with test pictures.
     """
     if data.train["x"].dtype != np.uint8:
         raise ValueError(f"data is {data.name}, which holds no pictures; give image data")
     parts = partition(data, seed_for(seed, "partition"))
     shape = (data.input_shape[0], size, size)
-    return Generation(data, parts, model, features(shape), size, averaging, ama_lr, seed)
+    with torch.device("meta"):
+        judging.check(model(shape))
+    maps = features(shape)
+    judges = maps if compared_by is None else compared_by(shape)
+    return Generation(data, parts, model, maps, judges, size, averaging, ama_lr, seed, judging)
