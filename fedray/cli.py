@@ -104,6 +104,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     generate.add_argument("--out", type=local, required=True, metavar="DIR", help="where to; made if it is not there")
     generate.set_defaults(command=_generate)
 
+    quality = commands.add_parser("quality", help="measure a generated set against real data")
+    quality.add_argument("samples", metavar="SET", help="what `fedray generate` wrote, or any labelled folder")
+    quality.add_argument("config", help="a YAML file, or a shipped experiment's name: the real data, and the model")
+    quality.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as extractor=inception")
+    quality.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON (default: SET/quality.json)")
+    quality.set_defaults(command=_quality)
+
     export = commands.add_parser("export", help="save a run's LoRA or IA3 in peft's own format, or its mask")
     export.add_argument("run", type=local, metavar="RUN", help="the run folder")
     export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if it is not there")
@@ -218,6 +225,16 @@ def _generate(options: argparse.Namespace) -> None:
     synthetic, hits = generate(config.read(find(options.config), options.overrides), options.out)
     print(f"{synthetic.metrics['synthetic_samples']:.0f} samples, {hits:.0%} of the prompts name their class")
     print(f"sheet: {options.out / 'sheet.html'}")
+
+
+def _quality(options: argparse.Namespace) -> None:
+    from fedray import config
+    from fedray.quality import quality, table
+    from fedray.runs import find
+
+    out = options.out or Path(options.samples) / "quality.json"
+    print(table(quality(options.samples, config.read(find(options.config), options.overrides), out)))
+    print(f"figures: {out}")
 
 
 def _export(options: argparse.Namespace) -> None:
