@@ -123,6 +123,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     attack.add_argument("--shadows", type=int, default=16, help="lira: shadow models (default: 16)")
     attack.add_argument("--examples", type=int, default=2000, help="lira: examples that are judged (default: 2000)")
     attack.add_argument("--epochs", type=int, default=20, help="lira: epochs of a shadow model (default: 20)")
+    attack.add_argument("--lr", type=float, default=0.05, help="lira: learning rate of a shadow model (default: 0.05)")
+    attack.add_argument("--seed", type=int, default=0, help="lira: of the choice of examples and shadows (default: 0)")
     attack.add_argument("--offline", action="store_true", help="lira: compare with unseen examples only")
     attack.set_defaults(command=_attack)
 
@@ -248,13 +250,14 @@ def _attack(options: argparse.Namespace) -> None:
     from fedray.local_training import LocalTraining
 
     if options.kind == "lira":
-        local = LocalTraining(local_lr=0.05, local_epochs=options.epochs, local_momentum=0.9)
+        local = LocalTraining(local_lr=options.lr, local_epochs=options.epochs, local_momentum=0.9)
         kind = "offline" if options.offline else "online"
         tell = lambda text: print(text, file=sys.stderr)  # noqa: E731
-        found = attack.lira(options.run, options.shadows, options.examples, local, kind, tell=tell)
-        print(f"AUC {found.auc:.3f}  balanced accuracy {found.balanced_accuracy:.3f} (0.5 is chance)")
+        found = attack.lira(options.run, options.shadows, options.examples, local, kind, options.seed, tell)
+        print(f"AUC {found.auc:.3f} ± {found.auc_error:.3f} (0.5 is chance)")
+        print(f"balanced accuracy {found.balanced_accuracy:.3f} (0.5 is chance)")
         print("  ".join(f"TPR {tpr:.4f} at FPR {rate:g}" for rate, tpr in found.tpr_at.items()))
-        print(f"curve: {options.run / 'lira.json'}")
+        print(f"page: {options.run / 'lira.html'}\nfigures: {options.run / 'lira.json'}")
     elif options.kind == "neighbours":
         if options.samples is None:
             raise ConfigError("neighbours needs --samples DIR, a folder that `fedray generate` wrote")
@@ -264,6 +267,7 @@ def _attack(options: argparse.Namespace) -> None:
         )
         for place in near.distance.argsort()[:10]:
             print(f"sample {place}: private example {near.nearest[place]} at {near.distance[place]:.4g}")
+        print(f"page: {options.run / 'neighbours.html'}\nfigures: {options.run / 'neighbours.json'}")
     else:
         for one in attack.prompts(options.run):
             print(
