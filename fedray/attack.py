@@ -197,13 +197,18 @@ def _nearest(queries: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nd
     return distance[:, 0], nearest[:, 0]
 
 
-def prompts(run: str | Path) -> list[dict[str, Any]]:
-    """What each client of an FGL run gives away by its prompts: classes that it names, and bytes that it sends.
+def prompts(run: str | Path, tokenizer: str | None = None) -> list[dict[str, Any]]:
+    """What each client of an FGL run gives away by its prompts: classes that it names, bytes and tokens that it sends.
+
+    The same is written into the run folder, as ``prompts.json``.
 
     Args:
         run: A run folder of ``algorithm.name=fgl``, finished or not.
+        tokenizer: Whose tokens are counted, a hub id or a folder; None for the generator's own, if that is a folder
+            (tokens are not counted otherwise).
     """
-    values = config.read(Path(run) / "config.yaml")
+    run = Path(run)
+    values = config.read(run / "config.yaml")
     task: Any = plan(values).experiment.task
     algorithm = values["algorithm"]
     if not isinstance(algorithm, dict) or algorithm.get("name") != "fgl":
@@ -215,18 +220,38 @@ def prompts(run: str | Path) -> list[dict[str, Any]]:
         if "prompts" in algorithm
         else class_level
     )
+    length = _lengths(tokenizer or _own_tokenizer(algorithm.get("generator")))
     found = []
     for client in range(len(task.sizes)):
         said = [text for text, _ in say(task.data, task.partition.client(client))]
-        found.append(
-            {
-                "client": client,
-                "prompts": len(said),
-                "bytes": sum(len(text.encode()) for text in said),
-                "classes": named(said, task.data.classes),
-            }
-        )
+        counts = {"prompts": len(said), "bytes": sum(len(text.encode()) for text in said)}
+        tokens = {} if length is None else {"tokens": sum(map(length, said))}
+        found.append({"client": client, **counts, **tokens, "classes": named(said, task.data.classes)})
+    (run / "prompts.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
+
+
+def _own_tokenizer(generator: Any) -> str | None:
+    from fedray.synthesis.diffusion_models import SHIPPED
+
+    path = str(generator.get("path", "")) if isinstance(generator, dict) else ""
+    folder = SHIPPED / path.removeprefix("shipped:") if path.startswith("shipped:") else Path(path).expanduser()
+    return str(folder / "tokenizer") if path and (folder / "tokenizer").is_dir() else None
+
+
+def _lengths(tokenizer: str | None) -> Callable[[str], int] | None:
+    """How many tokens a text has, without those that every text gets."""
+    if tokenizer is None:
+        return None
+    try:
+        import transformers
+
+        made = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    except ImportError:
+        raise ConfigError("counting tokens needs the package transformers: pip install 'fedray[synthesis]'") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{tokenizer} cannot be loaded as a tokenizer: {' '.join(str(error).split())}") from error
+    return lambda text: len(made(text, add_special_tokens=False).input_ids)
 
 
 def named(texts: Sequence[str], classes: Sequence[str]) -> list[str]:

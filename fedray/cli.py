@@ -120,6 +120,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     attack.add_argument("kind", choices=["lira", "neighbours", "prompts"])
     attack.add_argument("run", type=local, metavar="RUN", help="the run folder")
     attack.add_argument("--samples", type=Path, metavar="DIR", help="neighbours: what `fedray generate` wrote")
+    attack.add_argument("--tokenizer", metavar="PATH", help="prompts: whose tokens are counted")
     attack.add_argument("--shadows", type=int, default=16, help="lira: shadow models (default: 16)")
     attack.add_argument("--examples", type=int, default=2000, help="lira: examples that are judged (default: 2000)")
     attack.add_argument("--epochs", type=int, default=20, help="lira: epochs of a shadow model (default: 20)")
@@ -269,10 +270,11 @@ def _attack(options: argparse.Namespace) -> None:
             print(f"sample {place}: private example {near.nearest[place]} at {near.distance[place]:.4g}")
         print(f"page: {options.run / 'neighbours.html'}\nfigures: {options.run / 'neighbours.json'}")
     else:
-        for one in attack.prompts(options.run):
-            print(
-                f"client {one['client']}: {one['prompts']} prompts, {one['bytes']} bytes: {', '.join(one['classes'])}"
-            )
+        for one in attack.prompts(options.run, options.tokenizer):
+            tokens = f", {one['tokens']} tokens" if "tokens" in one else ""
+            classes = ", ".join(one["classes"])
+            print(f"client {one['client']}: {one['prompts']} prompts, {one['bytes']} bytes{tokens}: {classes}")
+        print(f"figures: {options.run / 'prompts.json'}")
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy.stats import norm
+from tiny_models import save_tokenizer
 
 from fedray import attack
 from fedray.cli import main
@@ -192,3 +193,13 @@ def test_prompts_give_away_classes(tmp_path):
     assert [one["client"] for one in found] == list(range(5))
     assert all(1 <= len(one["classes"]) <= 4 for one in found)
     assert all(one["bytes"] == one["prompts"] * len("A photo of 1") for one in found)
+    assert json.loads((folder / "prompts.json").read_text()) == found
+    own = [one["tokens"] for one in found]  # by the generator's own tokenizer
+    save_tokenizer(tmp_path / "letters")  # every letter is a token
+    by_letters = attack.prompts(folder, str(tmp_path / "letters"))
+    assert [one["tokens"] for one in by_letters] == [one["prompts"] * len("Aphotoof1") for one in found]
+    assert all(one["prompts"] <= few < one["tokens"] for few, one in zip(own, by_letters, strict=True))
+    with pytest.raises(DataError, match="nowhere cannot be loaded as a tokenizer"):
+        attack.prompts(folder, str(tmp_path / "nowhere"))
+    elsewhere = algorithm | {"generator": {**algorithm["generator"], "path": "some/model-of-the-hub"}}
+    assert attack._own_tokenizer(elsewhere["generator"]) is None
