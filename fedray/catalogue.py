@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
     "prompts": ("fedray.synthesis:PROMPTS", "fedray.synthesis.prompts:PromptWriter"),
     "client_prompts": ("fedray.synthesis:CLIENT_PROMPTS", "fedray.synthesis.captions:ClientPrompts"),
     "captioners": ("fedray.synthesis:CAPTIONERS", "fedray.synthesis.captions:Captioner"),
+    "extractors": ("fedray.metrics.extractors:EXTRACTORS", "fedray.metrics.extractors:Extractor"),
     "samplers": ("fedray.samplers:SAMPLERS", "fedray.rounds:Sampler"),
     "schedules": ("fedray.schedules:SCHEDULES", "fedray.schedules:Schedule"),
     "devices": ("fedray.devices:DEVICES", "fedray.devices:DevicesBuilder"),

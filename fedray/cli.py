@@ -105,6 +105,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     generate.add_argument("--out", type=local, required=True, metavar="DIR", help="where to; made if it is not there")
     generate.set_defaults(command=_generate)
 
+    quality = commands.add_parser("quality", help="measure a generated set against real data")
+    quality.add_argument("samples", metavar="SET", help="what `fedray generate` wrote, or any labelled folder")
+    quality.add_argument("config", help="a YAML file, or a shipped experiment's name: the real data, and the model")
+    quality.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as extractor=inception")
+    quality.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON (default: SET/quality.json)")
+    quality.set_defaults(command=_quality)
+
     export = commands.add_parser("export", help="save a run's LoRA or IA3 in peft's own format, or its mask")
     export.add_argument("run", type=local, metavar="RUN", help="the run folder")
     export.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made if it is not there")
@@ -114,9 +121,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     attack.add_argument("kind", choices=["lira", "neighbours", "prompts"])
     attack.add_argument("run", type=local, metavar="RUN", help="the run folder")
     attack.add_argument("--samples", type=Path, metavar="DIR", help="neighbours: what `fedray generate` wrote")
+    attack.add_argument("--tokenizer", metavar="PATH", help="prompts: whose tokens are counted")
     attack.add_argument("--shadows", type=int, default=16, help="lira: shadow models (default: 16)")
     attack.add_argument("--examples", type=int, default=2000, help="lira: examples that are judged (default: 2000)")
     attack.add_argument("--epochs", type=int, default=20, help="lira: epochs of a shadow model (default: 20)")
+    attack.add_argument("--lr", type=float, default=0.05, help="lira: learning rate of a shadow model (default: 0.05)")
+    attack.add_argument("--seed", type=int, default=0, help="lira: of the choice of examples and shadows (default: 0)")
     attack.add_argument("--offline", action="store_true", help="lira: compare with unseen examples only")
     attack.set_defaults(command=_attack)
 
@@ -222,6 +232,16 @@ def _generate(options: argparse.Namespace) -> None:
     print(f"sheet: {options.out / 'sheet.html'}")
 
 
+def _quality(options: argparse.Namespace) -> None:
+    from fedray import config
+    from fedray.quality import quality, table
+    from fedray.runs import find
+
+    out = options.out or Path(options.samples) / "quality.json"
+    print(table(quality(options.samples, config.read(find(options.config), options.overrides), out)))
+    print(f"figures: {out}")
+
+
 def _export(options: argparse.Namespace) -> None:
     from fedray.export import export
 
@@ -233,13 +253,14 @@ def _attack(options: argparse.Namespace) -> None:
     from fedray.local_training import LocalTraining
 
     if options.kind == "lira":
-        local = LocalTraining(local_lr=0.05, local_epochs=options.epochs, local_momentum=0.9)
+        local = LocalTraining(local_lr=options.lr, local_epochs=options.epochs, local_momentum=0.9)
         kind = "offline" if options.offline else "online"
         tell = lambda text: print(text, file=sys.stderr)  # noqa: E731
-        found = attack.lira(options.run, options.shadows, options.examples, local, kind, tell=tell)
-        print(f"AUC {found.auc:.3f}  balanced accuracy {found.balanced_accuracy:.3f} (0.5 is chance)")
+        found = attack.lira(options.run, options.shadows, options.examples, local, kind, options.seed, tell)
+        print(f"AUC {found.auc:.3f} ± {found.auc_error:.3f} (0.5 is chance)")
+        print(f"balanced accuracy {found.balanced_accuracy:.3f} (0.5 is chance)")
         print("  ".join(f"TPR {tpr:.4f} at FPR {rate:g}" for rate, tpr in found.tpr_at.items()))
-        print(f"curve: {options.run / 'lira.json'}")
+        print(f"page: {options.run / 'lira.html'}\nfigures: {options.run / 'lira.json'}")
     elif options.kind == "neighbours":
         if options.samples is None:
             raise ConfigError("neighbours needs --samples DIR, a folder that `fedray generate` wrote")
@@ -249,11 +270,13 @@ def _attack(options: argparse.Namespace) -> None:
         )
         for place in near.distance.argsort()[:10]:
             print(f"sample {place}: private example {near.nearest[place]} at {near.distance[place]:.4g}")
+        print(f"page: {options.run / 'neighbours.html'}\nfigures: {options.run / 'neighbours.json'}")
     else:
-        for one in attack.prompts(options.run):
-            print(
-                f"client {one['client']}: {one['prompts']} prompts, {one['bytes']} bytes: {', '.join(one['classes'])}"
-            )
+        for one in attack.prompts(options.run, options.tokenizer):
+            tokens = f", {one['tokens']} tokens" if "tokens" in one else ""
+            classes = ", ".join(one["classes"])
+            print(f"client {one['client']}: {one['prompts']} prompts, {one['bytes']} bytes{tokens}: {classes}")
+        print(f"figures: {options.run / 'prompts.json'}")
 
 
 def _list(options: argparse.Namespace) -> None:

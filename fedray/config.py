@@ -223,6 +223,11 @@ def check(
     return arguments
 
 
+def call(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """``function`` with what the options of a whole configuration stand for; what it refuses is a `ConfigError`."""
+    return _call(function, (), check(function, options, "", "the configuration"), "")
+
+
 def convert(value: Any, annotation: Any, where: str, dry: bool = False) -> Any:
     """``value`` as the annotated type, which is checked; components are built."""
     if catalogue.kind_of(annotation) is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _ROOM = 1 << 30  # bytes of activations that are kept; whoever was met longest ago makes room
 _BLOCK = 256  # examples that pass the backbone at a time
+_PASSED = "passed"  # a column of those that have
 _SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Identity, nn.Flatten, nn.ReLU, nn.GELU)
 
 Rest = Callable[[nn.Module], nn.Module]  # a model to what of it comes after the activations
@@ -112,16 +113,21 @@ class OnActivations:
         return self._known.get((start, stop)) or self._keep((start, stop), self._task.test_examples(start, stop))
 
     def prepare(self, examples: "Columns", generator: torch.Generator | None) -> "Columns":
-        """The examples as they are: they have been prepared."""
-        return examples
+        """Our own examples as they are; those from elsewhere, such as synthetic ones, pass the frozen part first."""
+        return examples if _PASSED in examples else self._passed(examples)
 
-    def _keep(self, key: Any, examples: "Columns") -> "Columns":
+    def _passed(self, examples: "Columns") -> "Columns":
         blocks = []
         with torch.no_grad():
             for start in range(0, len(examples["x"]), _BLOCK):
                 block = {name: column[start : start + _BLOCK].to(self._device) for name, column in examples.items()}
                 blocks.append(self._first(self._task.prepare(block, None)["x"]))
-        known = {**{name: column.to(self._device) for name, column in examples.items()}, "x": torch.cat(blocks)}
+        moved = {name: column.to(self._device) for name, column in examples.items() if name != "x"}
+        passed = torch.ones(len(examples["x"]), dtype=torch.bool, device=self._device)
+        return {**moved, "x": torch.cat(blocks), _PASSED: passed}
+
+    def _keep(self, key: Any, examples: "Columns") -> "Columns":
+        known = self._passed(examples)
         self._known[key] = known
         self._size += known["x"].nbytes
         while self._size > _ROOM and len(self._known) > 1:

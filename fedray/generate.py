@@ -79,7 +79,7 @@ def generate(values: Mapping[str, Any], out: str | Path) -> tuple[Synthetic, flo
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; choose another --out")
-    made: Generation = generation(**config.check(generation, _own(values), "", "the configuration"))
+    made: Generation = config.call(generation, _own(values))
     book = made.prompts(made.classes)
     synthesis = made.synthesis
     counts = [made.per_class] * len(made.classes)

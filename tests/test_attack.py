@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy.stats import norm
+from tiny_models import save_tokenizer
 
 from fedray import attack
 from fedray.cli import main
@@ -78,6 +79,25 @@ def test_a_model_that_memorises_is_caught_and_one_that_saw_nothing_is_not(memory
     assert abs(missed.auc - 0.5) < 0.08
 
 
+def test_an_attack_leaves_its_curve_as_figures_and_as_a_page(memory):
+    found = attack.lira(memory, shadows=6, examples=200, local=LOCAL)
+    written = json.loads((memory / "lira.json").read_text())
+    assert written["accuracy_of_members"] == 1.0 > written["accuracy_of_others"]
+    assert (written["tpr"], written["auc_error"]) == (list(found.tpr), found.auc_error)
+    page = (memory / "lira.html").read_text()
+    assert f"{found.auc:.4f} ± {found.auc_error:.4f}" in page
+    assert 'aria-label="ROC curve on logarithmic axes"' in page
+
+
+def test_the_standard_error_is_the_spread_of_the_area_from_draw_to_draw():
+    draw = np.random.default_rng(2)
+    member = np.arange(300) < 120
+    found = [judge(draw.normal(size=300) + 0.7 * member, member) for _ in range(300)]
+    assert np.mean([one.auc_error for one in found]) == pytest.approx(np.std([one.auc for one in found]), rel=0.15)
+    tied = judge(np.zeros(300), member)
+    assert (tied.auc, tied.auc_error) == (0.5, 0.0)
+
+
 def test_every_example_is_seen_by_half_of_the_shadow_models():
     """The fewest shadow models that are allowed are enough, whatever the seed: none is trained in vain."""
     for shadows in (4, 5, 16):
@@ -127,7 +147,16 @@ def test_copies_are_nearer_than_strangers(memory, tmp_path):
         requests = [Request("a digit", "", i % 10, i) for i in range(60)]
         samples = [png(picture.transpose(1, 2, 0) / 255) for picture in pictures]
         write_table(tmp_path / name / "train-0.parquet", "image", requests, samples, data.classes)
-    copies, others = (attack.neighbours(memory, tmp_path / name) for name in ("copies", "others"))
+    copies, others = (
+        attack.neighbours(memory, tmp_path / name, cache=tmp_path / "cache") for name in ("copies", "others")
+    )
+    written = json.loads((memory / "neighbours.json").read_text())
+    assert written["distance"] == others.distance.tolist()
+    page = (memory / "neighbours.html").read_text()
+    assert page.count("data:image/png") == 2 * 2 * 24
+    assert f"{others.closer:.2%} of the synthetic" in page
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # private and test pictures once, and each set
+    np.testing.assert_array_equal(copies.nearest, np.arange(60))
     assert copies.closer == 1.0
     assert copies.distance.max() < 1e-5
     assert others.closer < 0.2
@@ -164,3 +193,13 @@ def test_prompts_give_away_classes(tmp_path):
     assert [one["client"] for one in found] == list(range(5))
     assert all(1 <= len(one["classes"]) <= 4 for one in found)
     assert all(one["bytes"] == one["prompts"] * len("A photo of 1") for one in found)
+    assert json.loads((folder / "prompts.json").read_text()) == found
+    own = [one["tokens"] for one in found]  # by the generator's own tokenizer
+    save_tokenizer(tmp_path / "letters")  # every letter is a token
+    by_letters = attack.prompts(folder, str(tmp_path / "letters"))
+    assert [one["tokens"] for one in by_letters] == [one["prompts"] * len("Aphotoof1") for one in found]
+    assert all(one["prompts"] <= few < one["tokens"] for few, one in zip(own, by_letters, strict=True))
+    with pytest.raises(DataError, match="nowhere cannot be loaded as a tokenizer"):
+        attack.prompts(folder, str(tmp_path / "nowhere"))
+    elsewhere = algorithm | {"generator": {**algorithm["generator"], "path": "some/model-of-the-hub"}}
+    assert attack._own_tokenizer(elsewhere["generator"]) is None

@@ -42,8 +42,22 @@ def test_equal_updates_have_one_over_n_and_orthogonal_ones_one(updates, diversit
 
 def test_updates_that_cancel_have_a_norm_but_no_diversity():
     _, metrics = measured([{"w": sign * torch.ones(4)} for sign in (1.0, -1.0, 1.0, -1.0)])
-    assert metrics == {"update_norm": 2.0}
+    assert metrics == pytest.approx({"update_norm": 2.0, "mean_update_norm": 0.0, "update_cosine": -1 / 3})
     assert measured([["a", "text"]] * 4, aggregator=collect()) == ([["a", "text"]] * 4, {})
+
+
+def test_the_mean_cosine_is_that_of_all_pairs_whatever_their_lengths():
+    updates = [torch.randn(7, generator=torch.Generator().manual_seed(n)) * 10.0**n for n in range(4)]
+    units = [update / update.norm() for update in updates]
+    wanted = sum(float(units[i] @ units[j]) for i in range(4) for j in range(4) if i != j) / 12
+    for shares in (1, 3):
+        _, metrics = measured([{"w": update} for update in updates], shares)
+        assert metrics["update_cosine"] == pytest.approx(wanted, abs=1e-6)
+        assert metrics["mean_update_norm"] == pytest.approx(float(sum(updates).norm()) / 4, rel=1e-6)
+    _, still = measured([{"w": x} for x in (torch.ones(2), torch.zeros(2), 3 * torch.ones(2), torch.zeros(2))])
+    assert still["update_cosine"] == pytest.approx(1.0)  # who did not move points nowhere
+    _, alone = measured([{"w": x} for x in (torch.ones(2), *[torch.zeros(2)] * 3)])
+    assert "update_cosine" not in alone
 
 
 @pytest.mark.parametrize("exam", [Exam("fedavg"), Exam("scaffold"), Exam("fedavg", "blobs", group=3)], ids=str)

@@ -48,6 +48,27 @@ def test_with_a_frozen_backbone_every_example_passes_it_once(folder, monkeypatch
     assert sum(seen) - before == sum(made.task.sizes[:4]) + made.task.num_test_examples
 
 
+def test_examples_from_elsewhere_pass_the_backbone_like_the_clients_own(folder):
+    """Such as synthetic ones, or those of an attack."""
+    task = plan(tiny_models.configuration(folder, method="head")).experiment.task
+    learner = Learner(task, "cpu")
+    assert learner.task is not task
+    given, client = task.examples(1), Client(id=1, seed=3)
+    assert given["x"].dtype == torch.uint8
+    start = learner.params()
+    own = learner.train(start, client, LocalTraining())
+    other = learner.train(start, client, LocalTraining(), examples=given)
+    for name, p in own.params.items():
+        assert torch.equal(other.params[name], p)
+    found, wanted = (learner.evaluate(own.params, examples) for examples in (given, learner.task.examples(1)))
+    assert torch.equal(found["confusion"], wanted["confusion"])
+    assert torch.equal(learner.features(own.params, given), learner.task.examples(1)["x"])
+
+
+def test_a_frozen_backbone_on_the_way_changes_nothing_but_rounding(folder, monkeypatch):
+    made = plan(tiny_models.configuration(folder, method="head")).experiment
+
+
 LAST = {"name": "last_blocks", "count": 1}
 
 

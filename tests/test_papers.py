@@ -3,11 +3,16 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_models import language_model, stable_diffusion
 
 from fedray import config
+from fedray.data import Dataset
+from fedray.data.dataset import make_dataset
+from fedray.errors import ConfigError
 from fedray.runs import run, shipped
+from fedray.synthesis.captions import domain_level
 
 SMALL = ["task.data={name: subset, of: digits, train: 200, test: 40}", "backend=serial", "evaluate_every=0"]
 
@@ -57,8 +62,6 @@ def test_fgls_configuration_runs_one_shot_and_goes_on(models, tmp_path):
 
 
 def test_fgls_domains_are_what_clients_say_of_them(models, tmp_path):
-    import numpy as np
-
     draw = np.random.default_rng(0)
     x = draw.integers(0, 256, (80, 3, 8, 8)).astype(np.uint8)
     np.savez(
@@ -84,10 +87,50 @@ def test_fgls_domains_are_what_clients_say_of_them(models, tmp_path):
     )
 
 
+def test_a_clients_words_for_its_domain_are_fgls_own_or_the_template(tmp_path):
+    columns = {
+        "x": np.zeros((4, 1, 2, 2), np.uint8),
+        "y": np.array([0, 0, 1, 1]),
+        "domain": np.array(["quickdraw", "clipart", "night", "night"]),
+    }
+    data = make_dataset("d", columns, columns, ("cat", "dog"))
+    assert domain_level(data, np.arange(4)) == [
+        ("cat, clippart, cartoon style, single object.", 0),
+        ("a black and white drawing of cat", 0),
+        ("a night picture of dog", 1),
+    ]
+    with pytest.raises(ConfigError, match=r"template is 'x'; it must have \{\} and \{by\}"):
+        domain_level(data, np.arange(4), template="x")
+    with pytest.raises(ConfigError, match="by is 'style'; d has the columns domain, x, y"):
+        domain_level(data, np.arange(4), by="style")
+
+
+def test_accuracy_is_told_by_domain(tmp_path):
+    draw = np.random.default_rng(1)
+    brightness = np.array([40, 130, 220])[np.arange(90) % 3]
+    x = np.clip(brightness[:, None, None, None] + draw.integers(-20, 20, (90, 1, 6, 6)), 0, 255).astype(np.uint8)
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(90) // 3 % 2)
+    task = {
+        "name": "classification",
+        "data": {"name": "described", "of": {"name": "npz", "path": str(tmp_path / "d.npz")}},
+        "partition": {"name": "by_column", "column": "domain"},
+        "domains": "domain",
+        "model": "mlp",
+    }
+    values = {"rounds": 1, "cohort": 3, "task": task, "algorithm": {"name": "fedavg"}, "backend": "serial"}
+    made = run(values, [], tmp_path / "run")
+    domains = {name: made.final[f"test_accuracy/{name}"] for name in ("bright", "dark", "grey")}
+    assert made.final["domain_accuracy"] == pytest.approx(sum(domains.values()) / 3)
+    held = config.read(tmp_path / "run" / "config.yaml")["task"]["data"]
+    test = config.build(Dataset, held, "data").test["domain"]
+    sizes = np.array([(test == name).sum() for name in domains])
+    assert made.final["test_accuracy"] == pytest.approx(np.average(list(domains.values()), weights=sizes))
+    with pytest.raises(ConfigError, match="domains is 'style'; d has the columns domain, x, y"):
+        run({**values, "task": {**task, "domains": "style"}}, [], tmp_path / "other")
+
+
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
 def test_the_experiment_of_spoken_digits_runs_on_sounds(tmp_path):
-    import numpy as np
-
     draw = np.random.default_rng(0)
     sounds = draw.normal(size=(60, 4000)).astype(np.float32)
     names = np.array([str(k) for k in range(10)])[np.arange(60) % 10]
@@ -102,7 +145,7 @@ def test_the_experiment_of_spoken_digits_runs_on_sounds(tmp_path):
     assert found["synthetic_samples"] == 10 * round(0.5 * 48 / 10)
 
 
-@pytest.mark.parametrize("name", ["gpt_fl/small", "fgl/small", "prism/small"])
+@pytest.mark.parametrize("name", ["gpt_fl/small", "fgl/small", "fgl/domains", "prism/small"])
 def test_the_small_experiments_give_clients_no_picture_that_a_generator_saw(name):
     text = str(config.read(shipped()[name]))
     assert "'part': 'private'" in text

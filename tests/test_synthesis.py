@@ -414,5 +414,5 @@ def test_generate_writes_a_dataset_and_a_sheet(pipeline, tmp_path):
         generate(values, tmp_path / "out")
     with pytest.raises(ConfigError, match="algorithm is not gpt_fl"):
         generate({"algorithm": {"name": "fgl"}}, tmp_path / "b")
-    with pytest.raises(ValueError, match="give either data or classes"):
+    with pytest.raises(ConfigError, match="give either data or classes"):
         generate({key: value for key, value in values.items() if key != "classes"}, tmp_path / "b")

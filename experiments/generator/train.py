@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fedray import config as configuration
 from fedray.data import Dataset
-from fedray.synthesis.captions import describe
+from fedray.data.domains import describe
 
 TEMPLATES = (
     "{}",

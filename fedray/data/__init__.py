@@ -2,6 +2,7 @@
 
 from fedray.data.dataset import Dataset
 from fedray.data.datasets import digits, fashion_mnist, mnist, npz, public_split, subset
+from fedray.data.domains import described
 from fedray.data.hub import cifar10, hub
 from fedray.data.partitions import (
     Partition,
@@ -27,6 +28,7 @@ DATASETS = {
     "text": text,
     "subset": subset,
     "public_split": public_split,
+    "described": described,
 }
 
 PARTITIONS = {

@@ -75,6 +75,7 @@ class Attack:
 
     Attributes:
         auc: Area under the ROC curve; 0.5 is chance.
+        auc_error: Its standard error, over the choice of examples (DeLong et al., 1988).
         balanced_accuracy: The best over thresholds; 0.5 is chance.
         tpr_at: True-positive rate at false-positive rates, by the rate.
         fpr: The ROC curve's false-positive rates.
@@ -82,6 +83,7 @@ class Attack:
     """
 
     auc: float
+    auc_error: float
     balanced_accuracy: float
     tpr_at: dict[float, float]
     fpr: Sequence[float]
@@ -94,4 +96,15 @@ def judge(score: np.ndarray, member: np.ndarray, rates: Sequence[float] = (0.001
 
     fpr, tpr, _ = roc_curve(member, score, drop_intermediate=False)
     at = {rate: float(tpr[fpr <= rate].max()) for rate in rates}
-    return Attack(float(np.trapezoid(tpr, fpr)), float((1 + (tpr - fpr).max()) / 2), at, fpr.tolist(), tpr.tolist())
+    error, best = _standard_error(score[member], score[~member]), float((1 + (tpr - fpr).max()) / 2)
+    return Attack(float(np.trapezoid(tpr, fpr)), error, best, at, fpr.tolist(), tpr.tolist())
+
+
+def _standard_error(inside: np.ndarray, outside: np.ndarray) -> float:
+    """Of the area: the share of the others that lie below an example varies so much from example to example."""
+
+    def below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+        others = np.sort(others)  # ties count half
+        return (np.searchsorted(others, values) + np.searchsorted(others, values, "right")) / (2 * len(others))
+
+    return float(np.sqrt(sum(below(a, b).var(ddof=1) / len(a) for a, b in ((inside, outside), (outside, inside)))))

@@ -198,6 +198,42 @@ def confusion_svg(confusion: np.ndarray, classes: Sequence[str]) -> str:
     return _svg(figure, "confusion matrix")
 
 
+@_style()
+def roc_svg(fpr: np.ndarray, tpr: np.ndarray) -> str:
+    """An attack's ROC curve on logarithmic axes, which show low false-positive rates; chance is dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.9, 3.4))
+    ax = figure.add_axes((0.16, 0.15, 0.8, 0.8))
+    rates = fpr[fpr > 0]
+    least = float(rates.min()) / 2 if rates.size else 1e-3
+    ax.plot([least, 1], [least, 1], color=COLOURS[-1], linestyle=DASHES[1], linewidth=1)
+    ax.plot(np.maximum(fpr, least), np.maximum(tpr, least), color=COLOURS[0], drawstyle="steps-post")
+    ax.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1))
+    ax.set_xlabel("false-positive rate")
+    ax.set_ylabel("true-positive rate")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    return _svg(figure, "ROC curve on logarithmic axes")
+
+
+@_style()
+def histograms_svg(values: Mapping[str, np.ndarray], label: str) -> str:
+    """How values are distributed: for each name, the share in each of 40 common intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.9, 2.5))
+    ax = figure.add_axes((0.14, 0.18, 0.84, 0.78))
+    edges = np.linspace(0, max(float(found.max()) for found in values.values()) or 1, 41)
+    for index, found in enumerate(values.values()):
+        colour, dashes = line_style(index)
+        share = np.histogram(found, edges)[0] / len(found)
+        ax.stairs(share, edges, color=colour, linestyle=dashes, linewidth=1.6)
+    ax.set_xlabel(label)
+    ax.set_ylabel("share")
+    return _svg(figure, f"distributions of {label}: {', '.join(values)}")
+
+
 def thin(y: np.ndarray, limit: int) -> np.ndarray:
     """The rows of at most about ``limit`` values that keep the shape: the ends, and each stretch's lowest and highest.
 

@@ -6,37 +6,12 @@ from typing import Any
 import numpy as np
 
 from fedray.data.dataset import Dataset
+from fedray.data.domains import describe
 from fedray.errors import ConfigError, DataError
+from fedray.synthesis.prompts import STYLES
 
 Captioner = Callable[[Dataset, np.ndarray], list[str]]  # of a dataset and rows of its training examples: one for each
 ClientPrompts = Callable[[Dataset, np.ndarray], list[tuple[str, int]]]  # likewise: prompts, each with its label
-
-_DARK, _BRIGHT = 0.35, 0.65  # mean luminance of what is not black
-_COLOURED = 0.08  # mean distance of the channels from their mean
-_HUES = {"red": (1, 0, 0), "yellow": (1, 1, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "purple": (1, 0, 1)}
-
-
-def describe(image: np.ndarray) -> list[str]:
-    """Adjectives that hold for an image, measured on its pixels: how bright it is, and of which colour.
-
-    Args:
-        image: uint8 of shape (C, H, W), with one channel or three.
-
-    >>> describe(np.full((1, 4, 4), 250, np.uint8)), describe(np.zeros((3, 4, 4), np.uint8))
-    (['bright'], ['dark'])
-    """
-    pixels = image.reshape(len(image), -1).astype(np.float64) / 255
-    seen = pixels[:, pixels.max(0) > 0.05]  # a black background says nothing about an object
-    if seen.shape[1] == 0:
-        return ["dark"]
-    mean = seen.mean(1)
-    luminance = mean.mean()
-    words = ["dark" if luminance < _DARK else "bright" if luminance > _BRIGHT else "grey" if len(mean) == 1 else "soft"]
-    tint = mean - luminance
-    if np.abs(tint).mean() > _COLOURED:
-        tints = {name: np.array(hue) - np.mean(hue) for name, hue in _HUES.items()}
-        words.append(max(tints, key=lambda name: float(tint @ tints[name] / np.linalg.norm(tints[name]))))
-    return words
 
 
 def measured(data: Dataset, rows: np.ndarray, /) -> list[str]:
@@ -112,12 +87,34 @@ def class_level(
     """
     if "{}" not in template or (by is not None and "{by}" not in template):
         raise ConfigError(f"template is {template!r}; it must have {{}}{' and {by}' if by else ''} in it")
+    return _said(data, rows, by, lambda value: template.replace("{by}", value))
+
+
+def domain_level(
+    data: Dataset, rows: np.ndarray, /, template: str = "a {by} picture of {}", by: str = "domain"
+) -> list[tuple[str, int]]:
+    """One prompt for each class and domain that a client has, in FGL's own words for the six domains of DomainNet.
+
+    Args:
+        data: The dataset.
+        rows: The client's examples.
+        template: A sentence with {} for the class and {by} for the domain, for other domains than those six.
+        by: The column of the domains.
+    """
+    if "{}" not in template or "{by}" not in template:
+        raise ConfigError(f"template is {template!r}; it must have {{}} and {{by}} in it")
+    styles = {name: style.text for name, style in STYLES.items()}
+    return _said(data, rows, by, lambda value: styles.get(value, template.replace("{by}", value)))
+
+
+def _said(data: Dataset, rows: np.ndarray, by: str | None, sentence: Callable[[str], str]) -> list[tuple[str, int]]:
+    """A sentence for each class, and value of a column, that there is; each with its label."""
     if by is not None and by not in data.train:
         raise ConfigError(f"by is {by!r}; {data.name} has the columns {', '.join(sorted(data.train))}")
     labels = data.train["y"][rows].tolist()
     values = [""] * len(labels) if by is None else [str(value) for value in data.train[by][rows]]
     return [
-        (template.replace("{by}", value).replace("{}", data.classes[label]), label)
+        (sentence(value).replace("{}", data.classes[label]), label)
         for label, value in sorted(set(zip(labels, values, strict=True)))
     ]
 
@@ -145,4 +142,8 @@ def instance_level(
 
 
 CAPTIONERS: dict[str, Callable[..., Any]] = {"measured": measured, "column": column, "captioning": captioning}
-CLIENT_PROMPTS: dict[str, Callable[..., Any]] = {"class_level": class_level, "instance_level": instance_level}
+CLIENT_PROMPTS: dict[str, Callable[..., Any]] = {
+    "class_level": class_level,
+    "domain_level": domain_level,
+    "instance_level": instance_level,
+}

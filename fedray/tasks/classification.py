@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ class Classification:
     seed: int
     augment: Literal["none", "crop_flip"]
     average_buffers: bool
+    domains: str | None = None
 
     @property
     def sizes(self) -> np.ndarray:
@@ -60,8 +62,16 @@ class Classification:
         return holdings.train_rows(self.data, self.partition, client)
 
     def test_examples(self, start: int, stop: int) -> Columns:
-        """A slice of the test set."""
-        return holdings.test_rows(self.data, start, stop)
+        """A slice of the test set; with ``domains``, the number of each example's domain is among its columns."""
+        rows = holdings.test_rows(self.data, start, stop)
+        if self.domains is None:
+            return rows
+        code = np.searchsorted(self._domains, self.data.test[self.domains][start:stop])
+        return {**rows, "domain": torch.from_numpy(code)}
+
+    @cached_property
+    def _domains(self) -> np.ndarray:
+        return np.unique(self.data.test[self.domains]) if self.domains is not None else np.array([])
 
     def prepare(self, examples: Columns, generator: torch.Generator | None) -> Columns:
         """Normalise ``x`` (uint8 is read as 0..255) to mean 0 and deviation 1 a channel, and augment for training."""
@@ -83,14 +93,19 @@ class Classification:
         return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
     def evaluate(self, model: torch.nn.Module, batch: Columns) -> dict[str, Any]:
-        """The summed loss, and the confusion matrix (true class × predicted class)."""
+        """The summed loss, and the confusion matrix (true class × predicted class); hits and examples by domain."""
         logits, classes = model(batch["x"]), self.data.num_classes
         pairs = batch["y"] * classes + logits.argmax(1)
         confusion = torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu()
-        return {"loss": F.cross_entropy(logits, batch["y"], reduction="sum").item(), "confusion": confusion}
+        sums = {"loss": F.cross_entropy(logits, batch["y"], reduction="sum").item(), "confusion": confusion}
+        if "domain" not in batch:
+            return sums
+        right, domain, count = batch["y"] == logits.argmax(1), batch["domain"], len(self._domains)
+        hits, examples = (torch.bincount(d, minlength=count).cpu() for d in (domain[right], domain))
+        return {**sums, "domain_hits": hits, "domain_examples": examples}
 
     def summarize(self, sums: dict[str, Any]) -> tuple[Metrics, dict[str, Any]]:
-        """Loss, accuracy and macro-averaged F1 (classes without test examples left out)."""
+        """Loss, accuracy and macro-averaged F1 (classes without test examples left out); accuracy by domain."""
         confusion = torch.as_tensor(sums["confusion"], dtype=torch.float64)
         support, predicted, hits = confusion.sum(1), confusion.sum(0), confusion.diagonal()
         present = support > 0
@@ -100,6 +115,10 @@ class Classification:
             "test_accuracy": float(hits.sum() / support.sum()),
             "macro_f1": float(f1[present].mean()),
         }
+        if "domain_hits" in sums:
+            shares = torch.as_tensor(sums["domain_hits"]).double() / torch.as_tensor(sums["domain_examples"])
+            metrics |= {f"test_accuracy/{n}": float(s) for n, s in zip(self._domains, shares, strict=True)}
+            metrics["domain_accuracy"] = float(shares.mean())
         return metrics, {"classes": list(self.data.classes), "confusion": confusion.long().tolist()}
 
 
@@ -112,6 +131,7 @@ def classification(
     model: ModelBuilder,
     augment: Literal["none", "crop_flip"] = "none",
     batch_norm: Literal["refuse", "average"] = "refuse",
+    domains: str | None = None,
 ) -> Task:
     """Classification by cross-entropy; accuracy and macro-F1 on a global test set.
 
@@ -121,13 +141,16 @@ def classification(
         model: The classifier.
         augment: Random shifts by up to an eighth of the size, and horizontal flips, of training images.
         batch_norm: Whether a model with BatchNorm is refused, or its running statistics averaged.
+        domains: A column, such as the domain; accuracy is reported for each of its values, too, and their mean.
     """
     if data.vocabulary:
         raise ValueError(f"data is {data.name}, which is text; continue it with task.name=language_modeling")
     if augment == "crop_flip" and len(data.input_shape) != 3:
         raise ValueError(f"augment is crop_flip; {data.name} has examples of shape {data.input_shape}, not images")
+    if domains is not None and domains not in data.test:
+        raise ValueError(f"domains is {domains!r}; {data.name} has the columns {', '.join(sorted(data.test))}")
     parts = partition(data, seed_for(seed, "partition"))
-    return Classification(data, parts, model, seed, augment, batch_norm == "average")
+    return Classification(data, parts, model, seed, augment, batch_norm == "average", domains)
 
 
 def _takes_dataset(builder: ModelBuilder) -> bool:
