@@ -67,9 +67,13 @@ def _merged(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) ->
         config = OmegaConf.create(_plain(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{where} holds a list; a configuration is a mapping of keys to values")
+    variables = _variables(config)
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].removesuffix(".name").count(".")):
         with _explained(f"the override {text!r} cannot be read"):
             _override(config, text)
+    while idle := variables & set(config) - _variables(config):  # overrides took the place of what referred to them
+        for key in idle:
+            del config[key]
     return config
 
 
