@@ -14,7 +14,15 @@ from omegaconf import OmegaConf
 
 from fedray.errors import DataError
 from fedray.report import comparison, read_metrics, read_run, write_report
-from fedray.report.compare import curve, default_targets, difference_rows, group_by_seed, reach, target_rows
+from fedray.report.compare import (
+    curve,
+    default_targets,
+    difference_rows,
+    group_by_seed,
+    reach,
+    summary_rows,
+    target_rows,
+)
 from fedray.report.figures import curves_svg, line_style, thin
 
 CLASSES = ("cat", "dog", "<b>&$x$")
@@ -309,6 +317,19 @@ def test_the_comparison_for_the_terminal(tmp_path):
         "a               6 rounds, 12.0 MB, 3.00 s",
         "bb             10 rounds, 20.0 MB, 5.00 s",
     ])  # fmt: skip
+
+
+def test_what_is_sent_of_a_pretrained_model_is_compared_in_the_papers_unit_too(tmp_path):
+    tuned = {"task": {"name": "classification", "model": {"name": "pretrained", "method": {"name": "bias"}}}}
+    bias = read_run(make_run(tmp_path / "bias", **tuned))
+    head = read_run(make_run(tmp_path / "head", cohort=1, **tuned))
+    final = {**head.metrics[-1], "bytes_up": 76_900 * 4 * 3, "clients_sampled": 4, "clients_failed": 1}
+    write_metrics(head.path, [*head.metrics[:-1], final])
+    rows = summary_rows(group_by_seed([bias, read_run(head.path)]))
+    columns = {column[0]: column[1:] for column in zip(*rows, strict=True)}
+    assert columns["params sent"] == ("50,000", "76,900")  # 1 MB of five clients
+    assert columns["paper's MiB a round"] == ("0.95", "0.92")  # 0.05 and 0.08 million, in 32 bits
+    assert "params sent" not in summary_rows(group_by_seed([read_run(make_run(tmp_path / "other"))]))[0]
 
 
 def test_runs_without_accuracy_or_rounds_compare(tmp_path):
