@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from fedray.errors import DataError
 from fedray.report import comparison, read_metrics, read_run, write_report
 from fedray.report.compare import (
+    AXES,
+    Curve,
     curve,
     default_targets,
     difference_rows,
@@ -275,6 +277,7 @@ def test_a_run_and_its_repetition_stay_two_lines(tmp_path):
         (("a_seed0", "a_seed1"), "a"),
         (("p/0", "p/1"), "p"),
         (("lr0.1-s1", "lr0.1-s2"), "lr0.1"),
+        (("method=bias,seed=0", "method=bias,seed=1"), "method=bias"),  # as a sweep calls them
     ],
 )
 def test_the_label_of_a_group_is_what_its_names_share(names, label, tmp_path):
@@ -382,6 +385,19 @@ def test_thinning_keeps_the_ends_and_the_extremes(values, limit):
 
 def test_lines_can_be_told_apart():
     assert len({line_style(index) for index in range(28)}) == 28
+
+
+def test_methods_that_send_a_hundredth_are_drawn_on_a_logarithmic_axis():
+    def sending(each: float) -> Curve:
+        rounds = np.arange(6.0)
+        return Curve({axis: rounds * (each if axis == "megabytes" else 1) for axis in AXES}, rounds / 10)
+
+    def ticks(others: float, axis: str = "megabytes") -> set[str]:
+        return set(re.findall(r">(\d+)</text>", curves_svg([sending(1.0), sending(others)], axis, "test accuracy")))
+
+    assert {"1", "10", "100"} <= ticks(100.0)
+    assert "10" not in ticks(40.0)
+    assert "10" not in ticks(100.0, "rounds")
 
 
 def test_an_unknown_axis_is_refused():

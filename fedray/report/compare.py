@@ -272,6 +272,6 @@ def _stem(runs: Sequence[RunRecord]) -> str:
     shared = "".join(letters[0] for letters in same)
     if any(name[len(shared) :][:1].isdigit() for name in names):
         shared = shared.rstrip("0123456789")  # of fedavg-10 and fedavg-11
-    stem = re.sub(r"(^|[-_./ ]+)(seed|s)?[-_=./ ]*$", "", shared)
+    stem = re.sub(r"(^|[-_./, ]+)(seed|s)?[-_=./, ]*$", "", shared)
     algorithm = runs[0].config.get("algorithm")
     return stem or (str(algorithm["name"]) if isinstance(algorithm, dict) and "name" in algorithm else names[0])
