@@ -67,12 +67,17 @@ def _merged(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) ->
         config = OmegaConf.create(_plain(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{where} holds a list; a configuration is a mapping of keys to values")
+    variables = _variables(config)
     for text in sorted(overrides, key=lambda text: text.partition("=")[0].removesuffix(".name").count(".")):
         with _explained(f"the override {text!r} cannot be read"):
             _override(config, text)
     for key, name in catalogue.DEFAULTS.items():  # options without a name are those of the default
-        if isinstance(node := config.get(key), DictConfig) and "name" not in node:
-            config[key] = {"name": name, **node}
+        node = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        if isinstance(node, DictConfig) and "name" not in node:
+            config[key] = OmegaConf.merge({"name": name}, node)
+    while idle := variables & set(config) - _variables(config):  # overrides took the place of what referred to them
+        for key in idle:
+            del config[key]
     return config
 
 

@@ -10,6 +10,8 @@ import torch
 
 from fedray.trees import Number, Params
 
+Weighting = Literal["examples", "batches", "uniform"]
+
 
 @dataclass(frozen=True)
 class LocalTraining:
@@ -87,6 +89,12 @@ class LocalTraining:
     def num_steps(self, length: int) -> int:
         """Steps of a round on so many examples."""
         return self.local_steps or -(-length // self.batch_size) * self.local_epochs
+
+    def weight(self, num_examples: Number, weighting: Weighting) -> Number:
+        """What a client weighs: as many as its examples, these rounded up to whole batches, or one."""
+        if weighting == "batches":
+            return -(-num_examples // self.batch_size) * self.batch_size
+        return num_examples if weighting == "examples" else 1
 
     def rate(self, length: int) -> float:
         """The expected share of so many examples in a batch."""

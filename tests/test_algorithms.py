@@ -83,6 +83,9 @@ def test_clients_weigh_as_many_as_their_examples_or_one():
     n = torch.tensor([[1.0], [3.0], [6.0]], dtype=torch.float64)
     by_examples = one_round(task, make("fedavg", local=TO_THE_END), 0, 1, 2).params["w"]
     torch.testing.assert_close(by_examples, (n * B).sum(0) / n.sum(), rtol=0, atol=1e-7)
+    local, whole = replace(TO_THE_END, batch_size=4), torch.tensor([[4.0], [4.0], [8.0]], dtype=torch.float64)
+    by_batches = one_round(task, make("fedavg", local=local, weighting="batches"), 0, 1, 2).params["w"]
+    torch.testing.assert_close(by_batches, (whole * B).sum(0) / whole.sum(), rtol=0, atol=1e-7)
     uniform = one_round(task, make("fedavg", local=TO_THE_END, weighting="uniform"), 2, 0, 1).params["w"]
     torch.testing.assert_close(uniform, B.mean(0), rtol=0, atol=1e-7)
 

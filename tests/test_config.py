@@ -138,6 +138,13 @@ def test_a_variable_stands_for_its_value_and_is_no_part_of_the_configuration():
         assert plan(values)
 
 
+def test_a_variable_is_no_mistake_when_an_override_takes_the_place_of_what_referred_to_it():
+    values = {"row": "a", "rows": {"a": {"rounds": 3}, "b": {"rounds": 5}}, "rounds": "${rows.${row}.rounds}"}
+    assert config.read(values, ["row=b"]) == {"rounds": 5}
+    assert config.read(values, ["rounds=7"]) == {"rounds": 7}
+    assert config.unresolved(values, ["rounds=7"]) == {"rounds": 7}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

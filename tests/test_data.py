@@ -5,6 +5,7 @@ import importlib
 import os
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,21 @@ def test_a_subset_is_a_fixed_part_with_the_wholes_normalisation():
     assert np.array_equal(part.train["x"], subset(whole, train=100).train["x"])
     assert not np.array_equal(part.train["x"], subset(whole, train=100, seed=1).train["x"])
     assert np.array_equal(subset(whole).train["x"], whole.train["x"])
+
+
+def test_settings_can_be_chosen_on_training_examples_outside_of_the_part():
+    plain = digits()
+    columns = {s: {**getattr(plain, s), "row": np.arange(len(getattr(plain, s)["y"]))} for s in ("train", "test")}
+    whole = replace(plain, **columns)
+    part, held_out = (subset(whole, train=100, test=30, test_from=source) for source in ("test", "train"))
+    assert all(np.array_equal(held_out.train[name], part.train[name]) for name in part.train)
+    tested = held_out.test["row"]
+    assert len(tested) == 30
+    assert not set(tested) & set(held_out.train["row"])
+    assert np.array_equal(held_out.test["x"], plain.train["x"][tested])
+    assert len(subset(whole, train=100, test_from="train").test["y"]) == len(plain.train["y"]) - 100
+    with pytest.raises(ValueError, match="test is 2000; 1338 training examples of digits are outside of the part"):
+        subset(whole, train=100, test=2000, test_from="train")
 
 
 def test_shots_are_so_many_of_each_class():

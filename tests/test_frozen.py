@@ -65,10 +65,6 @@ def test_examples_from_elsewhere_pass_the_backbone_like_the_clients_own(folder):
     assert torch.equal(learner.features(own.params, given), learner.task.examples(1)["x"])
 
 
-def test_a_frozen_backbone_on_the_way_changes_nothing_but_rounding(folder, monkeypatch):
-    made = plan(tiny_models.configuration(folder, method="head")).experiment
-
-
 LAST = {"name": "last_blocks", "count": 1}
 
 

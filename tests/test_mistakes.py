@@ -78,7 +78,7 @@ task.model.hidden=[8,x] | task.model.hidden[1] is 'x'; it must be a whole number
 task.model.hidden.5=8 | the override 'task.model.hidden.5=8' cannot be read: list index out of range
 algorithm.local_steps=none | algorithm.local_steps is 'none'; it must be a whole number
 algorithm.local_optimizer=adma | algorithm.local_optimizer is 'adma'; did you mean 'adam'?
-algorithm.weighting=3 | algorithm.weighting is 3; known: examples, uniform
+algorithm.weighting=3 | algorithm.weighting is 3; known: batches, examples, uniform
 group=half | group is 'half'; it must be a whole number or auto
 backend={name: ray, num_workers: 1.5} | backend.num_workers is 1.5; it must be a whole number or auto
 task=3 | task is 3; it must be a mapping with a name, such as {name: classification}

@@ -100,6 +100,17 @@ def test_towers_take_other_sizes_and_pool_as_told(make, tmp_path):
         assert made["mean"].features._call.patches == 16
 
 
+def test_a_masked_autoencoder_is_read_as_the_vit_that_its_encoder_is(tmp_path):
+    plain, data = tiny_models.mae(), pictures()
+    model = pretrained(data, path=str(tiny_models.saved(plain, tmp_path)), mean=[0.5] * 3, std=[0.5] * 3).eval()
+    call, x = model.features._call, normalised(data).expand(-1, 3, -1, -1)
+    pixels = x * torch.tensor(call.scale).view(-1, 1, 1) + torch.tensor(call.shift).view(-1, 1, 1)
+    in_order = torch.arange(4.0).expand(len(x), -1)  # the mask's noise: no patch is dropped, none is moved
+    expected = plain.vit(pixels, noise=in_order).last_hidden_state[:, 0]
+    torch.testing.assert_close(model.features(normalised(data)), expected)
+    assert not any("decoder" in name for name, _ in model.named_parameters())
+
+
 def test_features_of_an_earlier_layer_leave_the_later_ones_out(folder):
     data = pictures()
     model = pretrained(data, path=str(folder), layer=2, method=METHODS["full"]).eval()

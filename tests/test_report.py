@@ -14,7 +14,17 @@ from omegaconf import OmegaConf
 
 from fedray.errors import DataError
 from fedray.report import comparison, read_metrics, read_run, write_report
-from fedray.report.compare import curve, default_targets, difference_rows, group_by_seed, reach, target_rows
+from fedray.report.compare import (
+    AXES,
+    Curve,
+    curve,
+    default_targets,
+    difference_rows,
+    group_by_seed,
+    reach,
+    summary_rows,
+    target_rows,
+)
 from fedray.report.figures import curves_svg, line_style, thin
 
 CLASSES = ("cat", "dog", "<b>&$x$")
@@ -267,6 +277,7 @@ def test_a_run_and_its_repetition_stay_two_lines(tmp_path):
         (("a_seed0", "a_seed1"), "a"),
         (("p/0", "p/1"), "p"),
         (("lr0.1-s1", "lr0.1-s2"), "lr0.1"),
+        (("method=bias,seed=0", "method=bias,seed=1"), "method=bias"),  # as a sweep calls them
     ],
 )
 def test_the_label_of_a_group_is_what_its_names_share(names, label, tmp_path):
@@ -309,6 +320,19 @@ def test_the_comparison_for_the_terminal(tmp_path):
         "a               6 rounds, 12.0 MB, 3.00 s",
         "bb             10 rounds, 20.0 MB, 5.00 s",
     ])  # fmt: skip
+
+
+def test_what_is_sent_of_a_pretrained_model_is_compared_in_the_papers_unit_too(tmp_path):
+    tuned = {"task": {"name": "classification", "model": {"name": "pretrained", "method": {"name": "bias"}}}}
+    bias = read_run(make_run(tmp_path / "bias", **tuned))
+    head = read_run(make_run(tmp_path / "head", cohort=1, **tuned))
+    final = {**head.metrics[-1], "bytes_up": 76_900 * 4 * 3, "clients_sampled": 4, "clients_failed": 1}
+    write_metrics(head.path, [*head.metrics[:-1], final])
+    rows = summary_rows(group_by_seed([bias, read_run(head.path)]))
+    columns = {column[0]: column[1:] for column in zip(*rows, strict=True)}
+    assert columns["params sent"] == ("50,000", "76,900")  # 1 MB of five clients
+    assert columns["paper's MiB a round"] == ("0.95", "0.92")  # 0.05 and 0.08 million, in 32 bits
+    assert "params sent" not in summary_rows(group_by_seed([read_run(make_run(tmp_path / "other"))]))[0]
 
 
 def test_runs_without_accuracy_or_rounds_compare(tmp_path):
@@ -361,6 +385,19 @@ def test_thinning_keeps_the_ends_and_the_extremes(values, limit):
 
 def test_lines_can_be_told_apart():
     assert len({line_style(index) for index in range(28)}) == 28
+
+
+def test_methods_that_send_a_hundredth_are_drawn_on_a_logarithmic_axis():
+    def sending(each: float) -> Curve:
+        rounds = np.arange(6.0)
+        return Curve({axis: rounds * (each if axis == "megabytes" else 1) for axis in AXES}, rounds / 10)
+
+    def ticks(others: float, axis: str = "megabytes") -> set[str]:
+        return set(re.findall(r">(\d+)</text>", curves_svg([sending(1.0), sending(others)], axis, "test accuracy")))
+
+    assert {"1", "10", "100"} <= ticks(100.0)
+    assert "10" not in ticks(40.0)
+    assert "10" not in ticks(100.0, "rounds")
 
 
 def test_an_unknown_axis_is_refused():

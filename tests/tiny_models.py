@@ -23,6 +23,15 @@ def dinov2(**options: Any) -> Any:
     return drawn(Dinov2Model, Dinov2Config(**(settings | {"image_size": 8, "patch_size": 4} | options)))
 
 
+def mae() -> Any:
+    """A masked autoencoder for 8×8 images, as it comes out of its pre-training."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    settings = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    settings |= {f"decoder_{name}": value for name, value in settings.items()}
+    return drawn(ViTMAEForPreTraining, ViTMAEConfig(**settings, image_size=8, patch_size=4, mask_ratio=0.0))
+
+
 def clip() -> Any:
     from transformers import CLIPConfig, CLIPModel
 

@@ -5,7 +5,7 @@ For clients, w ← w − 1/m·(Σ Δ_k·min(1, S/‖Δ_k‖) + N(0, z²S²)), wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch
 from fedray.aggregators import mean, norm_bound, with_members
 from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
 from fedray.learner import Learner
-from fedray.local_training import LocalTraining
+from fedray.local_training import LocalTraining, Weighting
 from fedray.privacy import Mechanism, accounting, dp_client, noisy
 from fedray.seeds import seed_for
 from fedray.server_optimizers import ServerOptimizer, sgd
@@ -44,7 +44,7 @@ def dp_fedavg(
     local: LocalTraining,
     privacy: Mechanism = dp_client(),
     server_optimizer: ServerOptimizer = sgd(1.0),
-    weighting: Literal["examples", "uniform"] = "uniform",
+    weighting: Weighting = "uniform",
 ) -> FederatedAlgorithm:
     """Federated averaging under differential privacy, of clients or of examples; ε is a metric (McMahan et al., 2018).
 
@@ -53,7 +53,7 @@ def dp_fedavg(
         local: How a client trains.
         privacy: Who clips, and who adds noise.
         server_optimizer: What the server does with the mean update.
-        weighting: Whether a client weighs one, as `dp_client` must have it, or as many as its examples.
+        weighting: What a client weighs: one, as `dp_client` must have it; its examples; or these in whole batches.
     """
     of_clients = privacy.unit == "client"
     if of_clients and weighting != "uniform":
@@ -66,7 +66,7 @@ def dp_fedavg(
 
     def client_update(learner: Learner, w: Params, client: Client) -> ClientResult:
         y = learner.train(w, client, local, privacy=None if of_clients else privacy)
-        weight = y.num_examples if weighting == "examples" else 1
+        weight = local.weight(y.num_examples, weighting)
         return ClientResult(subtract(w, y.params), weight, {"train_loss": y.loss})
 
     def init(params: Params) -> ServerState:

@@ -5,12 +5,12 @@ Each client trains from x to y_i; the mean of x − y_i is a pseudo-gradient for
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fedray.aggregators import Aggregator, mean
 from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
 from fedray.learner import Learner
-from fedray.local_training import LocalTraining
+from fedray.local_training import LocalTraining, Weighting
 from fedray.server_optimizers import ServerOptimizer, sgd
 from fedray.trees import Params, subtract
 
@@ -28,7 +28,7 @@ def fedavg(
     local: LocalTraining,
     server_optimizer: ServerOptimizer = sgd(1.0),
     aggregator: Aggregator = mean(),
-    weighting: Literal["examples", "uniform"] = "examples",
+    weighting: Weighting = "examples",
     proximal: float = 0.0,
 ) -> FederatedAlgorithm:
     """Federated averaging (McMahan et al., 2017).
@@ -37,7 +37,7 @@ def fedavg(
         local: How a client trains.
         server_optimizer: What the server does with the mean update.
         aggregator: How updates become one; another than the mean makes the rule robust.
-        weighting: Whether a client weighs as many as its examples, or one.
+        weighting: What a client weighs: its examples, these rounded up to whole batches (FedPEFT's code), or one.
         proximal: μ of FedProx's term μ/2·‖w − x‖².
     """
     if proximal < 0:
@@ -45,7 +45,7 @@ def fedavg(
 
     def client_update(learner: Learner, params: Params, client: Client) -> ClientResult:
         y = learner.train(params, client, local, proximal=proximal)
-        weight = y.num_examples if weighting == "examples" else 1
+        weight = local.weight(y.num_examples, weighting)
         return ClientResult(subtract(params, y.params), weight, {"train_loss": y.loss})
 
     def init(params: Params) -> ServerState:

@@ -6,12 +6,12 @@ over the K updates of the buffer, with s(τ) = (1 + τ)^−a. K is the cohort; w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fedray.aggregators import Aggregator, mean
 from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
 from fedray.learner import Learner
-from fedray.local_training import LocalTraining
+from fedray.local_training import LocalTraining, Weighting
 from fedray.server_optimizers import ServerOptimizer, sgd
 from fedray.trees import Params, scale, subtract
 
@@ -30,7 +30,7 @@ def fedbuff(
     local: LocalTraining,
     server_optimizer: ServerOptimizer = sgd(1.0),
     aggregator: Aggregator = mean(),
-    weighting: Literal["examples", "uniform"] = "uniform",
+    weighting: Weighting = "uniform",
     staleness_exponent: float = 0.5,
 ) -> FederatedAlgorithm:
     """Buffered asynchronous aggregation (FedBuff, Nguyen et al., 2022); without staleness it is FedAvg.
@@ -39,7 +39,7 @@ def fedbuff(
         local: How a client trains.
         server_optimizer: What the server does with the mean update.
         aggregator: How updates become one.
-        weighting: Whether a client weighs as many as its examples, or one.
+        weighting: What a client weighs: its examples, these rounded up to whole batches (FedPEFT's code), or one.
         staleness_exponent: a of s(τ) = (1 + τ)^−a; 0.5 in the paper, 0 to ignore staleness.
     """
     if staleness_exponent < 0:
@@ -49,7 +49,7 @@ def fedbuff(
         x = models[sent_to(client)]
         y = learner.train(x, client, local)
         s = (1 + client.staleness) ** -staleness_exponent
-        weight = y.num_examples if weighting == "examples" else 1
+        weight = local.weight(y.num_examples, weighting)
         return ClientResult(scale(subtract(x, y.params), s), weight, {"train_loss": y.loss})
 
     def init(params: Params) -> ServerState:

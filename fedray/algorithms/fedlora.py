@@ -7,7 +7,6 @@ such as a head, is averaged as in FedAvg. What follows from the pre-trained mode
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 
@@ -15,7 +14,7 @@ from fedray.aggregators import collect, with_members
 from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
 from fedray.errors import ConfigError
 from fedray.learner import Learner
-from fedray.local_training import LocalTraining
+from fedray.local_training import LocalTraining, Weighting
 from fedray.peft.averaging import Averaging, fedit, weighted
 from fedray.peft.factors import cut, filled, is_base, layers_of, merge, num_bytes, role
 from fedray.seeds import seed_for
@@ -48,7 +47,7 @@ def fedlora(
     local: LocalTraining,
     averaging: Averaging = fedit(),
     ranks: list[int] | None = None,
-    weighting: Literal["examples", "uniform"] = "examples",
+    weighting: Weighting = "examples",
 ) -> FederatedAlgorithm:
     """LoRA with a rule for its averages: FedIT, FFA-LoRA, RoLoRA, FedEx-LoRA, FLoRA, FlexLoRA.
 
@@ -57,7 +56,7 @@ def fedlora(
         local: How a client trains.
         averaging: What becomes of the factors.
         ranks: Ranks of the clients, dealt out in turn, at most the model's own; null for the model's own.
-        weighting: Whether a client weighs as many as its examples, or one.
+        weighting: What a client weighs: its examples, these rounded up to whole batches (FedPEFT's code), or one.
     """
     if ranks is not None and (not ranks or min(ranks) < 1):
         raise ValueError(f"ranks is {ranks}; it must be a list of ranks of at least 1, or null")
@@ -70,7 +69,7 @@ def fedlora(
         start = filled(own(x, client), x)
         names = {name for name in x if not is_base(name) and role(name) in (None, *averaging.trained(client.round))}
         y = learner.train(start, client, local, only=names)
-        weight = y.num_examples if weighting == "examples" else 1
+        weight = local.weight(y.num_examples, weighting)
         update = {name: p for name, p in y.params.items() if name in names}
         return ClientResult(own(update, client), weight, {"train_loss": y.loss})
 

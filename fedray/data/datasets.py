@@ -58,7 +58,12 @@ def mnist(path: str = "/usr/share/datasets/mnist") -> Dataset:
 
 
 def subset(
-    of: Dataset, train: int | None = None, test: int | None = None, per_class: int | None = None, seed: int = 0
+    of: Dataset,
+    train: int | None = None,
+    test: int | None = None,
+    per_class: int | None = None,
+    test_from: Literal["test", "train"] = "test",
+    seed: int = 0,
 ) -> Dataset:
     """A random part of another dataset, which keeps its normalisation; all clients' examples are drawn from the part.
 
@@ -67,23 +72,29 @@ def subset(
         train: Training examples; None for all.
         test: Test examples; None for all.
         per_class: Training examples of each class (K-shot), instead of ``train``.
+        test_from: What is tested on: test examples, or training examples outside of the part, to choose settings by.
         seed: Seed of the choice; the same for every run unless you change it.
     """
     if train is not None and per_class is not None:
         raise ValueError(f"per_class is {per_class}, and train is {train}; give one of the two")
-    rng = np.random.default_rng(seed)
+    rng, held_out = np.random.default_rng(seed), test_from == "train"
     chosen: dict[str, np.ndarray] = {}
-    for option, columns, count in (("train", of.train, train), ("test", of.test, test)):
+    for option, columns, count in (("train", of.train, train), ("test", of.test, None if held_out else test)):
         order = rng.permutation(len(columns["y"]))
         if count is not None and not 1 <= count <= len(order):
             raise ValueError(f"{option} is {count}; it must be between 1 and {len(order)}, all that {of.name} has")
         chosen[option] = np.sort(order[:count])
         if option == "train" and per_class is not None:
             chosen[option] = np.sort(_shots(columns["y"][order], order, per_class, of))
-    train_part, test_part = (
-        {name: column[chosen[split]] for name, column in getattr(of, split).items()} for split in ("train", "test")
-    )
-    return replace(of, train=train_part, test=test_part)
+    if held_out:
+        rest = np.setdiff1d(np.arange(len(of.train["y"])), chosen["train"])
+        count = len(rest) if test is None else test
+        if not 1 <= count <= len(rest):
+            raise ValueError(f"test is {count}; {len(rest)} training examples of {of.name} are outside of the part")
+        chosen["test"] = np.sort(np.random.default_rng([seed, 1]).permutation(rest)[:count])
+    sources = {"train": of.train, "test": getattr(of, test_from)}
+    parts = {split: {name: x[chosen[split]] for name, x in source.items()} for split, source in sources.items()}
+    return replace(of, train=parts["train"], test=parts["test"])
 
 
 def _shots(labels: np.ndarray, order: np.ndarray, count: int, of: Dataset) -> np.ndarray:

@@ -20,7 +20,8 @@ from torch import nn
 from fedray.errors import ConfigError, DataError
 from fedray.peft import blocks_of
 
-_NOT_USED = ("classifier", "cls_classifier", "distillation_classifier", "pooler", "lm_head", "head", "fc_norm")
+_HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head", "head", "fc_norm")
+_NOT_USED = (*_HEADS, "pooler", "decoder")
 _SHOWN = 3  # names in a message
 _MOST_HELD = 2
 _HELD: dict[str, tuple[nn.Module, list[int]]] = {}  # by path; with how often its tensors had been written to
@@ -150,12 +151,11 @@ def _versions(model: nn.Module) -> list[int]:
 
 
 def _read(path: str) -> nn.Module:
-    library = transformers()
-    _config(path)
+    library, config = transformers(), _config(path)
     try:
         with torch.random.fork_rng(), _quietly(library):  # whether it is read or remembered must not be felt
             model, found = library.AutoModel.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, local_files_only=_local(path)
+                path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=_local(path)
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
@@ -174,11 +174,17 @@ def _read(path: str) -> nn.Module:
 
 @lru_cache  # of a hub id, transformers asks the hub every time
 def _config(path: str) -> Any:
+    library = transformers()
     try:
-        return transformers().AutoConfig.from_pretrained(path, local_files_only=_local(path))
+        config = library.AutoConfig.from_pretrained(path, local_files_only=_local(path))
     except (OSError, ValueError) as error:
         hint = "give a hub id, or a folder that holds config.json and model.safetensors"
         raise DataError(f"{path} has no model configuration ({' '.join(str(error).split())}); {hint}") from error
+    if config.model_type != "vit_mae":
+        return config
+    # a masked autoencoder drops patches at random, and its encoder is a ViT, tensor by tensor
+    given = {key: value for key, value in config.to_dict().items() if key in library.ViTConfig().to_dict()}
+    return library.ViTConfig(**{key: given[key] for key in given.keys() - {"model_type", "architectures"}})
 
 
 def _local(path: str) -> bool:

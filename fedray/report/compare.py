@@ -8,6 +8,7 @@ from itertools import takewhile
 
 import numpy as np
 
+from fedray.peft.counting import paper_cost_mib
 from fedray.report.read import RunRecord, flat, scalars, short_names
 
 Rows = list[list[str]]  # a table: the header, then a line for each row
@@ -131,6 +132,25 @@ def _megabytes(run: RunRecord, key: str) -> float | None:
     return None if total is None else total / 1e6
 
 
+def sent_each(run: RunRecord) -> tuple[int, int] | None:
+    """Of a run that tunes a pre-trained model: parameters that a client sent in its last round, and how many clients.
+
+    They are 32-bit numbers, as all that is trained is. None for other runs, and where nothing is sent.
+    """
+    model = (run.config.get("task") or {}).get("model")
+    if not isinstance(model, dict) or "method" not in model:
+        return None
+    newest = scalars(run.final)
+    clients = int(newest.get("clients_sampled", 0) - newest.get("clients_failed", 0))
+    sent = newest.get("bytes_up", 0)
+    return (round(sent / 4 / clients), clients) if sent and clients else None
+
+
+def _paper_cost(run: RunRecord) -> float | None:
+    found = sent_each(run)
+    return None if found is None else paper_cost_mib(*found)
+
+
 SUMMARY: tuple[tuple[str, int | None, Callable[[RunRecord], float | None]], ...] = (  # title, decimals, measure
     ("rounds", 0, lambda run: final_number(run, "round")),
     ("accuracy", 4, lambda run: final_number(run, "test_accuracy")),
@@ -139,6 +159,8 @@ SUMMARY: tuple[tuple[str, int | None, Callable[[RunRecord], float | None]], ...]
     ("test loss", 4, lambda run: final_number(run, "test_loss")),
     ("MB up", None, lambda run: _megabytes(run, "bytes_up_total")),
     ("MB down", None, lambda run: _megabytes(run, "bytes_down_total")),
+    ("params sent", 0, lambda run: (sent_each(run) or (None,))[0]),
+    ("paper's MiB a round", 2, _paper_cost),
     ("seconds", None, total_seconds),
     ("virtual s", None, lambda run: final_number(run, "virtual_seconds")),
 )
@@ -269,6 +291,6 @@ def _stem(runs: Sequence[RunRecord]) -> str:
     shared = "".join(letters[0] for letters in same)
     if any(name[len(shared) :][:1].isdigit() for name in names):
         shared = shared.rstrip("0123456789")  # of fedavg-10 and fedavg-11
-    stem = re.sub(r"(^|[-_./ ]+)(seed|s)?[-_=./ ]*$", "", shared)
+    stem = re.sub(r"(^|[-_./, ]+)(seed|s)?[-_=./, ]*$", "", shared)
     algorithm = runs[0].config.get("algorithm")
     return stem or (str(algorithm["name"]) if isinstance(algorithm, dict) and "name" in algorithm else names[0])

@@ -79,7 +79,8 @@ def line_style(index: int) -> tuple[str, tuple[float, tuple[float, ...]]]:
 def curves_svg(curves: Sequence[Curve], axis: str, title: str, styles: Sequence[int] | None = None) -> str:
     """The curves against one of ``AXES``; the line in style ``styles[i]`` is the i-th curve.
 
-    Losses that span more than a factor of 50 get a logarithmic axis; values that are not finite leave a gap.
+    Losses that span more than a factor of 50 get a logarithmic axis; values that are not finite leave a gap. Megabytes
+    get one if a run sends 50 times as many as another; what was measured before anything was sent has no place on it.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter
@@ -88,10 +89,13 @@ def curves_svg(curves: Sequence[Curve], axis: str, title: str, styles: Sequence[
         raise ValueError(f"axis is {axis!r}; it must be one of {', '.join(AXES)}")
     figure = Figure(figsize=(3.9, 2.5))
     ax = figure.add_axes((0.125, 0.18, 0.86, 0.72))  # a computed layout would take as long as the picture
+    ends = [end for curve in curves if (end := float(curve.x[axis].max(initial=0.0))) > 0]
+    apart = axis == "megabytes" and bool(ends) and max(ends) > 50 * min(ends)
     for index, curve in zip(styles if styles is not None else range(len(curves)), curves, strict=True):
         colour, dashes = line_style(index)
         y = np.where(np.isfinite(curve.y), curve.y, np.nan)
         rows = thin(y, max(20, _MAX_POINTS // len(curves)))
+        rows = rows[curve.x[axis][rows] > 0] if apart else rows
         x = curve.x[axis][rows]
         marker = "o" if len(rows) <= 12 else None  # a lone point draws no line
         ax.plot(x, y[rows], color=colour, linestyle=dashes, marker=marker, markersize=3)
@@ -105,7 +109,11 @@ def curves_svg(curves: Sequence[Curve], axis: str, title: str, styles: Sequence[
     ax.set_title(title, color=_INK)
     ax.set_xlabel(AXIS_TITLES[axis])
     first, last = (bound([bound(curve.x[axis]) for curve in curves]) for bound in (min, max))
-    if last > first:  # else of rounds without a finite value nothing would be seen
+    if apart:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    elif last > first:  # else of rounds without a finite value nothing would be seen
         ax.set_xlim(first - 0.02 * (last - first), last + 0.02 * (last - first))
     else:
         ax.set_xticks([first])
