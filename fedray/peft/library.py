@@ -10,7 +10,15 @@ from fedray.peft.parts import freeze, train_only
 
 ADAPTER_NAME = "default"  # as peft calls the adapter that it loads from a folder
 
-_ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",), ("qkv",))
+_ATTENTION = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("c_attn",),
+    ("qkv",),
+    ("query_key_value",),
+)
 _IA3 = (
     ("k_proj", "v_proj", "fc2"),
     ("k_proj", "v_proj", "down_proj"),
