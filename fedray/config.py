@@ -47,7 +47,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         ConfigError: the file cannot be read, or an override is not ``key=value``.
     """
     config = _merged(source, overrides)
-    variables = _variables(config)
+    variables = _variables(config) | _variables(_merged(source, ()))  # an override may stand for all that refers to one
     try:
         resolved = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:

@@ -125,6 +125,12 @@ def test_a_variable_stands_for_its_value_and_is_no_part_of_the_configuration():
         assert plan(values)
 
 
+def test_an_override_may_stand_for_all_that_refers_to_a_variable():
+    values = read("algorithm.local_lr=0.7", text=SWITCH)
+    assert values["algorithm"]["local_lr"] == 0.7
+    assert values.keys() == read().keys()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
