@@ -14,10 +14,13 @@ from fedray.errors import ConfigError, DataError
 from fedray.experiment import plan
 from fedray.learner import Learner
 from fedray.models import hugging_face
+from fedray.models.causal_lm import AUTO as CAUSAL_LM
 from fedray.models.masked import Masked, probabilities, unmask
 from fedray.peft.factors import is_base, unwrapped
 from fedray.peft.parts import Tuned
-from fedray.peft.saving import save_adapter
+from fedray.peft.saving import is_language_model, save_adapter
+from fedray.seeds import seed_for
+from fedray.trees import Params
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
@@ -26,7 +29,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
     A model of which a mask was learnt becomes one bit a weight (``mask.safetensors``) beside the run's configuration,
     whose seed gives the frozen weights; `load_masked` makes a plain model of it.
 
-    The base is what ``AutoModel.from_pretrained`` makes of the run's ``task.model.path``. The classification head,
+    The base is what ``AutoModel.from_pretrained`` (of text, ``AutoModelForCausalLM``) makes of the run's
+    ``task.model.path``. The classification head,
     which no AutoModel has, is written beside as ``head.safetensors``. If the run changed frozen weights, as FedEx-LoRA
     and FLoRA do, the base with its new weights is written to ``base`` in the folder, and the adapter names it.
 
@@ -61,7 +65,8 @@ def export(run: str | Path, folder: str | Path) -> Path:
     base = values["task"]["model"]["path"]
     changed = {f"{inside}{unwrapped(name, path)}": p for name, p in params.items() if is_base(name)}
     if changed:
-        base = str(hugging_face.save_changed(base, changed, folder / "base"))
+        auto = CAUSAL_LM if is_language_model(trunk) else "AutoModel"
+        base = str(hugging_face.save_changed(base, changed, folder / "base", auto))
     save_adapter(trunk, head, folder, base, inside)
     return folder
 

@@ -102,6 +102,7 @@ ONLY_FROM = {
         "fedray.learner",
         "fedray.local_training",
         "fedray.mask_privacy",
+        "fedray.metrics.accuracy",
         "fedray.peft",
         "fedray.privacy",
         "fedray.seeds",

@@ -145,6 +145,12 @@ def test_a_variable_is_no_mistake_when_an_override_takes_the_place_of_what_refer
     assert config.unresolved(values, ["rounds=7"]) == {"rounds": 7}
 
 
+def test_an_override_may_stand_for_all_that_refers_to_a_variable():
+    values = read("algorithm.local_lr=0.7", text=SWITCH)
+    assert values["algorithm"]["local_lr"] == 0.7
+    assert values.keys() == read().keys()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

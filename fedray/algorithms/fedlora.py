@@ -76,9 +76,10 @@ def fedlora(
     def init(params: Params) -> ServerState:
         largest = max((p.shape[0] for name, p in params.items() if role(name) == "A"), default=0)
         if not largest:
-            raise ConfigError(
-                "fedlora averages the factors of LoRA, and this model has none; give task.model.method=lora"
-            )
+            only_b = any(role(name) == "B" for name in params)
+            problem = "trains B alone, whose mean is exact" if only_b else "has none"
+            remedy = "task.model.method.factors=AB, or algorithm.name=fedavg" if only_b else "task.model.method=lora"
+            raise ConfigError(f"fedlora averages the factors of LoRA, and this model {problem}; give {remedy}")
         if ranks is not None and max(ranks) > largest:
             raise ConfigError(f"algorithm.ranks is {ranks}; the model's rank is {largest}, see task.model.method.rank")
         return ServerState(params, torch.zeros(num_clients, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))

@@ -1,22 +1,17 @@
-"""Any causal language model of Hugging Face as a plain module: token ids in, logits out."""
+"""Any causal language model of Hugging Face as a plain module, token ids in, logits out, tuned by any method."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from fedray.models import hugging_face
+from fedray.models.pretrained import own_what_is_trained
+from fedray.peft import Method, Tuned
+from fedray.peft.methods import full
+from fedray.peft.saving import load_adapter
 
-class Logits(nn.Module):
-    """A network of `transformers` whose output is its logits alone; its parameters are named ``network.*``."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (N, L, V) of token ids (N, L)."""
-        return self.network(input_ids=tokens, use_cache=False).logits
+AUTO = "AutoModelForCausalLM"
 
 
 def causal_lm(
@@ -24,43 +19,34 @@ def causal_lm(
     length: int,
     /,
     path: str,
+    method: Method = full,
     weights: Literal["pretrained", "random"] = "pretrained",
+    adapter: str | None = None,
 ) -> nn.Module:
     """Any causal language model of Hugging Face, from a local folder or the hub (needs transformers).
 
+    Its parameters are called ``trunk.*``.
+
     Args:
         path: a local folder with config.json and model.safetensors, or a name on the hub.
+        method: Which part of the model is trained and sent.
         weights: those that are there, or random ones of the same architecture, for which config.json is enough.
+        adapter: A folder that peft or `fedray export` saved, which training starts from; its kind must be the method's.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("causal_lm needs the package 'transformers': pip install 'fedray[language]'") from None
-    local = Path(path).expanduser().exists()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=local)
-        _check(config, vocabulary, length, path)
-        auto: Any = transformers.AutoModelForCausalLM
-        if weights == "random":
-            network, missing = auto.from_config(config), []
-        else:
-            network, loaded = auto.from_pretrained(path, local_files_only=local, output_loading_info=True)
-            missing = sorted(loaded["missing_keys"])
-    except (OSError, KeyError, ImportError) as error:
-        words = " ".join(str(error).split())
-        raise ValueError(f"path is {path!r}, from which no causal language model can be loaded ({words})") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    if missing:
-        raise ValueError(
-            f"path is {path!r}, whose weights lack {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            + ": they are of another kind of model, or incomplete; weights=random starts from nothing"
-        )
-    return Logits(network.float())
+    _check(hugging_face.configuration(path), vocabulary, length, path)
+    made = hugging_face.load(path, AUTO) if weights == "pretrained" else hugging_face.blank(path, AUTO)
+    tuned = Tuned(made, method, _logits)
+    own_what_is_trained(tuned)
+    if not any(p.requires_grad for p in tuned.parameters()):
+        raise ValueError("method is head, but a language model is not given a new head; choose another method")
+    if adapter is not None:
+        load_adapter(tuned.trunk, nn.Module(), adapter)
+    return tuned
+
+
+def _logits(network: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits (N, L, V) of token ids (N, L)."""
+    return network(input_ids=tokens, use_cache=False).logits
 
 
 def _check(config: Any, vocabulary: int, length: int, path: str) -> None:

@@ -24,7 +24,8 @@ _HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head", 
 _NOT_USED = (*_HEADS, "pooler", "decoder")
 _SHOWN = 3  # names in a message
 _MOST_HELD = 2
-_HELD: dict[str, tuple[nn.Module, list[int]]] = {}  # by path; with how often its tensors had been written to
+Key = tuple[str, str]  # the path of a model, and what of transformers makes it
+_HELD: dict[Key, tuple[nn.Module, list[int]]] = {}  # with how often its tensors had been written to
 
 
 def transformers() -> Any:
@@ -36,8 +37,8 @@ def transformers() -> Any:
     return transformers
 
 
-def load(path: str) -> nn.Module:
-    """A pre-trained model with nothing trained, in float32.
+def load(path: str, auto: str = "AutoModel") -> nn.Module:
+    """A pre-trained model with nothing trained, in float32, as transformers' class ``auto`` makes it.
 
     The models of a process share the memory of these tensors, so they must not be written in place: a tensor that is
     to be trained is cloned first. (One that was written to all the same is read from disk again.)
@@ -45,31 +46,32 @@ def load(path: str) -> nn.Module:
     Raises:
         DataError: there is no such model, or its tensors are not those that its configuration asks for.
     """
-    model, versions = _HELD.get(path, (None, []))
+    key = (path, auto)
+    model, versions = _HELD.get(key, (None, []))
     if model is None or _versions(model) != versions:
-        model = _read(path)
-        hold({path: model})
+        model = _read(path, auto)
+        hold({key: model})
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, shared)
 
 
-def held() -> dict[str, nn.Module]:
-    """The pre-trained models that this process holds, by path."""
-    return {path: model for path, (model, _) in _HELD.items()}
+def held() -> dict[Key, nn.Module]:
+    """The pre-trained models that this process holds."""
+    return {key: model for key, (model, _) in _HELD.items()}
 
 
-def hold(models: Mapping[str, nn.Module]) -> None:
+def hold(models: Mapping[Key, nn.Module]) -> None:
     """Let `load` find these models, which it would read from disk; such as those in memory that processes share."""
-    for path, model in models.items():
-        _HELD.pop(path, None)
-        _HELD[path] = model, _versions(model)
+    for key, model in models.items():
+        _HELD.pop(key, None)
+        _HELD[key] = model, _versions(model)
     while len(_HELD) > _MOST_HELD:
         del _HELD[next(iter(_HELD))]
 
 
-def save_changed(path: str, weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
+def save_changed(path: str, weights: Mapping[str, torch.Tensor], folder: Path, auto: str = "AutoModel") -> Path:
     """Save the model of ``path`` with other weights in some places, as ``from_pretrained`` loads it, to ``folder``."""
-    model: Any = load(path)
+    model: Any = load(path, auto)
     for name, weight in weights.items():
         model.get_parameter(name).data = weight  # replaced, not written to: other models share what was there
     with _quietly(transformers()):
@@ -80,9 +82,9 @@ def save_changed(path: str, weights: Mapping[str, torch.Tensor], folder: Path) -
     return folder
 
 
-def blank(path: str) -> nn.Module:
+def blank(path: str, auto: str = "AutoModel") -> nn.Module:
     """A model as the configuration at ``path`` describes it, with parameters drawn from the global generator."""
-    return transformers().AutoModel.from_config(_config(path), dtype=torch.float32)
+    return getattr(transformers(), auto).from_config(configuration(path), dtype=torch.float32)
 
 
 def image_tower(model: nn.Module, layer: int | None = None) -> Any:
@@ -150,18 +152,19 @@ def _versions(model: nn.Module) -> list[int]:
     return [p._version for p in model.parameters()]
 
 
-def _read(path: str) -> nn.Module:
-    library, config = transformers(), _config(path)
+def _read(path: str, auto: str) -> nn.Module:
+    library, config = transformers(), configuration(path)
     try:
         with torch.random.fork_rng(), _quietly(library):  # whether it is read or remembered must not be felt
-            model, found = library.AutoModel.from_pretrained(
+            model, found = getattr(library, auto).from_pretrained(
                 path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=_local(path)
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
     prefix = f"{model.base_model_prefix}."
     for what, names in (("lacks", found["missing_keys"]), ("has no place for", found["unexpected_keys"])):
-        wrong = sorted(name for name in names if not name.removeprefix(prefix).startswith(_NOT_USED))
+        unused = _NOT_USED if auto == "AutoModel" else ()
+        wrong = sorted(name for name in names if not name.removeprefix(prefix).startswith(unused))
         if wrong:
             more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             subject = "its weights lack" if what == "lacks" else f"a {type(model).__name__} has no place for"
@@ -173,7 +176,12 @@ def _read(path: str) -> nn.Module:
 
 
 @lru_cache  # of a hub id, transformers asks the hub every time
-def _config(path: str) -> Any:
+def configuration(path: str) -> Any:
+    """A model's configuration.
+
+    Raises:
+        DataError: there is none.
+    """
     library = transformers()
     try:
         config = library.AutoConfig.from_pretrained(path, local_files_only=_local(path))

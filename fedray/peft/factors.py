@@ -118,8 +118,10 @@ def unwrapped(name: str, tuned: str) -> str:
 
     >>> unwrapped("features.trunk.layers.0.q_proj.base_layer.weight", "features")
     'layers.0.q_proj.weight'
+    >>> unwrapped("trunk.transformer.h.0.attn.c_attn.base_layer.weight", "")
+    'transformer.h.0.attn.c_attn.weight'
     """
-    return name.removeprefix(f"{tuned}.trunk.").removesuffix(_BASE) + ".weight"
+    return name.removeprefix(f"{tuned}.trunk.".removeprefix(".")).removesuffix(_BASE) + ".weight"
 
 
 def cut(params: Params, rank: int) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Methods that the library peft builds: LoRA and IA3. It is loaded when one of them is used."""
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -10,7 +10,15 @@ from fedray.peft.parts import freeze, train_only
 
 ADAPTER_NAME = "default"  # as peft calls the adapter that it loads from a folder
 
-_ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"), ("c_attn",), ("qkv",))
+_ATTENTION = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("q", "v"),
+    ("c_attn",),
+    ("qkv",),
+    ("query_key_value",),
+)
 _IA3 = (
     ("k_proj", "v_proj", "fc2"),
     ("k_proj", "v_proj", "down_proj"),
@@ -26,6 +34,7 @@ def lora(
     targets: list[str] | None = None,
     dropout: float = 0.0,
     rank_stabilised: bool = False,
+    factors: Literal["AB", "B"] = "AB",
 ) -> nn.Module:
     """Low-rank updates of linear layers, W + s·B·A (LoRA, Hu et al., 2022).
 
@@ -37,6 +46,8 @@ def lora(
         targets: The last part of the names of the layers; None for the attention's queries and values.
         dropout: Applied to the input of A in training.
         rank_stabilised: The scale is alpha/sqrt(r) (rsLoRA, Kalajdzievski, 2023).
+        factors: Both are trained, or B alone while A stays as it was drawn (FFA-LoRA, Sun et al., 2024): what an
+            algorithm does to what is sent (mean, noise, a server's step) it then does to B·A.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be >= 1")
@@ -52,7 +63,7 @@ def lora(
         lora_dropout=dropout,
         use_rslora=rank_stabilised,
     )
-    return _injected(trunk, config, "lora_")
+    return _injected(trunk, config, "lora_" if factors == "AB" else "lora_B.")
 
 
 def ia3(trunk: nn.Module, /, targets: list[str] | None = None, feedforward: list[str] | None = None) -> nn.Module:

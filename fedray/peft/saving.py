@@ -44,6 +44,8 @@ def save_adapter(trunk: nn.Module, head: nn.Module | None, folder: Path, base: s
         if settings.get(option):
             settings[option] = sorted(f"{inside}{name}" for name in settings[option])
     settings |= {"base_model_name_or_path": base, "inference_mode": True}
+    if is_language_model(trunk):
+        settings["task_type"] = "CAUSAL_LM"  # so that AutoPeftModelForCausalLM finds the base by itself
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, default=str) + "\n")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -93,6 +95,12 @@ def load_adapter(trunk: nn.Module, head: nn.Module, folder: str | Path) -> None:
     with torch.no_grad():
         for _, parameter, tensor in pairs:
             parameter.copy_(tensor)
+
+
+def is_language_model(trunk: nn.Module) -> bool:
+    """Whether a pre-trained module continues text."""
+    can_generate = getattr(trunk, "can_generate", None)
+    return can_generate is not None and bool(can_generate())
 
 
 def _config_of(trunk: nn.Module) -> Any:
