@@ -19,8 +19,6 @@ from fedray.models.masked import Masked, probabilities, unmask
 from fedray.peft.factors import is_base, unwrapped
 from fedray.peft.parts import Tuned
 from fedray.peft.saving import is_language_model, save_adapter
-from fedray.seeds import seed_for
-from fedray.trees import Params
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
