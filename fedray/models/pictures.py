@@ -10,3 +10,14 @@ def in_range(x: torch.Tensor, size: int) -> torch.Tensor:
     if x.shape[-2:] == (size, size):
         return x
     return F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def generated(model: torch.nn.Module, count: int) -> torch.Tensor:
+    """Pictures of noise from torch's global generator."""
+    device = next(model.parameters()).device
+    return model(torch.randn(count, latent(model), device=device))
+
+
+def latent(model: torch.nn.Module) -> int:
+    """The length of a generator's noise."""
+    return int(model.latent)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from fedray.data import Dataset, Partition
 from fedray.learner import Columns, Learner, LossFunction, Task
 from fedray.metrics.quality import frechet_of
 from fedray.models.feature_maps import FeatureMaps
-from fedray.models.pictures import in_range
+from fedray.models.pictures import generated, in_range, latent
 from fedray.seeds import seed_for
 from fedray.tasks import holdings
 from fedray.tasks.classification import Partitioner
@@ -184,17 +184,6 @@ def sheet(pictures: np.ndarray) -> str:
     content = io.BytesIO()
     Image.fromarray(whole[..., 0] if channels == 1 else whole).save(content, "PNG")
     return base64.b64encode(content.getvalue()).decode()
-
-
-def generated(model: nn.Module, count: int) -> torch.Tensor:
-    """Pictures of noise from torch's global generator."""
-    device = next(model.parameters()).device
-    return model(torch.randn(count, latent(model), device=device))
-
-
-def latent(model: nn.Module) -> int:
-    """The length of a generator's noise."""
-    return int(model.latent)  # type: ignore[arg-type]
 
 
 def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
