@@ -125,7 +125,7 @@ def swap(cohort: Sequence[Client], backend: Backend) -> None:
         mine = {name: p.clone() for name, p in given[str(client.slot)].items()}
         return ClientResult(None, 1, state={**client.state, "discriminator": mine})
 
-    (sent, members), _ = backend.map_reduce(give, None, cohort, with_members(collect()))
+    (sent, members), _ = backend.map_reduce(give, None, cohort, with_members(collect()), keeps_state=True)
     order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed_for(members[0].seed, "swap")))
     slots = [members[i].slot for i in order.tolist()]
     given = {str(slot): sent[i] for slot, i in zip(slots[1:] + slots[:1], order.tolist(), strict=True)}
