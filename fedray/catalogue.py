@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, str]] = {  # where the components are, and the type 
         "fedray.tasks.generation:ImageGeneratorBuilder",
     ),
     "feature_maps": ("fedray.models.feature_maps:FEATURE_MAPS", "fedray.tasks.generation:FeatureMapsBuilder"),
+    "matchings": ("fedray.tasks.matching:MATCHINGS", "fedray.tasks.matching:Matching"),
     "methods": ("fedray.peft:METHODS", "fedray.peft:Method"),
     "averagings": ("fedray.peft.averaging:AVERAGINGS", "fedray.peft.averaging:Averaging"),
     "generators": ("fedray.synthesis:GENERATORS", "fedray.synthesis.generator:Generator"),

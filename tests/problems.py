@@ -29,6 +29,7 @@ from fedray.experiment import Experiment
 from fedray.learner import Columns, Learner
 from fedray.local_training import LocalTraining
 from fedray.models import Classifier
+from fedray.models.discriminators import Gan
 from fedray.models.masked import Masking, mask
 from fedray.models.nets import softmax
 from fedray.peft.averaging import AVERAGINGS
@@ -206,6 +207,30 @@ def masked() -> Problem:
     return _classification((4,), build)
 
 
+class FromNoise(nn.Sequential):
+    """A generator of points."""
+
+    latent = 2
+
+
+def points() -> Problem:
+    """Points around (2, -1), and a GAN that learns to make such; the loss is their distance from its own."""
+    draw, centre, spread = torch.Generator().manual_seed(4), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 1.5])
+
+    def columns(count: int) -> Columns:
+        return {"x": centre + spread * torch.randn(count, 2, generator=draw), "y": torch.zeros(count)}
+
+    def build() -> nn.Module:
+        judge = nn.Sequential(nn.Linear(2, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1), nn.Flatten(0))
+        return Gan(FromNoise(nn.Linear(2, 2)), judge)
+
+    def loss(model: nn.Module, batch: Columns) -> torch.Tensor:
+        z = torch.randn(len(batch["x"]), 2, generator=torch.Generator().manual_seed(0))
+        return (model(z) - batch["x"]).square().sum(1)
+
+    return Problem(tuple(columns(n) for n in SIZES), columns(20), build, loss)
+
+
 class Point(nn.Module):
     """A model that is its parameters."""
 
@@ -244,7 +269,9 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "adapted": adapted,
     "pictures": pictures,
     "masked": masked,
+    "points": points,
 }
+GANS = ("dp_fedavg_gan", "md_gan")
 SYNTHETIC = ("gpt_fl", "fgl")  # which go on with another algorithm
 LOCAL = LocalTraining(local_lr=0.05, local_epochs=2, batch_size=4, local_lr_decay=0.9)
 OPTIONS: dict[str, dict[str, Any]] = {  # where the default would not show on tiny tasks
@@ -279,6 +306,8 @@ class Exam:
         options: dict[str, Any] = {"local": local}
         if self.algorithm == "prism":
             options["local"] = replace(local, local_optimizer="adam", local_lr=0.1)
+        if self.algorithm == "md_gan":
+            options |= {"local": replace(local, local_optimizer="adam"), "batches": 3, "swap_every": 2}
         if self.algorithm in SYNTHETIC:
             central = CentralTraining(central_epochs=2, central_batch_size=8)
             options = {"base": fedavg(local=local), "synthesis": synthesis(), "central": central}
@@ -302,6 +331,7 @@ def chooses_aggregator(name: str) -> bool:
 
 # MOON compares representations, FedLoRA averages factors and PRISM masks, which a linear regression has not
 SUITS = {"moon": "blobs", "fedlora": "adapted", "prism": "masked", **dict.fromkeys(SYNTHETIC, "pictures")}
+SUITS |= dict.fromkeys(GANS, "points")
 BASIC = [Exam(name, SUITS.get(name, "regression")) for name in ALGORITHMS]
 LORA = [Exam("fedlora", "adapted", averaging=name) for name in AVERAGINGS]
 GROUPED = [
@@ -313,7 +343,7 @@ VARIANTS = ("fedavgm", "fedadagrad", "fedadam", "fedyogi")  # whose clients do w
 EXAMS = [
     *BASIC,
     *(Exam(name, "blobs") for name in ("fedavg", "scaffold")),
-    *(Exam(name, "images") for name in ALGORITHMS if name not in (*VARIANTS, *SYNTHETIC, "fedlora", "prism")),
+    *(Exam(name, "images") for name in ALGORITHMS if name not in (*VARIANTS, *SYNTHETIC, *GANS, "fedlora", "prism")),
     *(
         Exam(name, "regression", rule)
         for name in ALGORITHMS
@@ -328,7 +358,7 @@ EXAMS = [
 
 # those whose clients all do the same in every round: not where the first one is of synthetic data
 FEDERATED = [exam for exam in BASIC if exam.algorithm not in ("centralized", *SYNTHETIC)]
-STATEFUL = [exam for exam in BASIC if exam.algorithm in ("scaffold", "feddyn", "moon", "prism", "local_only")]
+STATEFUL = [exam for exam in BASIC if exam.algorithm in ("scaffold", "feddyn", "moon", "prism", "md_gan", "local_only")]
 exams = functools.partial(pytest.mark.parametrize, "exam", ids=str)
 
 

@@ -95,6 +95,7 @@ ONLY_FROM = {
     "fedray.data": ("fedray.data", "fedray.errors"),
     "fedray.algorithms": (
         "fedray.algorithms",
+        "fedray.adversarial",
         "fedray.algorithm",
         "fedray.aggregators",
         "fedray.bits",

@@ -166,6 +166,17 @@ def test_a_clients_random_numbers_do_not_depend_on_who_went_before():
     assert_same_bits(draws[0], draws[2])
 
 
+def test_a_client_meets_what_it_kept_only_where_state_is_kept():
+    def update(learner: Learner, broadcast: Any, client: Client) -> ClientResult:
+        state = {"seen": torch.ones(())} if broadcast["keeps"] else None
+        return ClientResult({"known": float(client.state is not None)}, 1.0, state=state)
+
+    cohort, backend = clients(Selection((0, 3)), Population(np.array(SIZES)), 0, 1), SerialBackend(regression())
+    for keeps, known in ((True, 0.0), (True, 1.0), (False, 0.0), (True, 1.0)):
+        found, _ = backend.map_reduce(update, {"keeps": keeps}, cohort, mean(), keeps_state=keeps)
+        assert found["known"] == known
+
+
 def test_a_client_drawn_twice_counts_twice():
     task, algorithm = regression(), Exam("scaffold").make()
     population, state = Population(task.sizes), initial(task, Exam("scaffold").make())

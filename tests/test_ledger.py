@@ -26,6 +26,7 @@ MODEL = 4 * (3 + 1)  # float32 weights and bias of the linear regression
 PERCEPTRON = 4 * (4 * 6 + 6 + 6 * 3 + 3)
 ADAPTED = 4 * (3 * (4 + 6) + 3 * (6 + 5) + 5 * 3 + 3)  # factors of rank 3 of two layers, and a head
 MASKED = 4 * (4 * 12 + 12 * 3)  # the scores
+POINTS = 4 * (6 + 129)  # a generator and a discriminator
 COHORT = 7
 
 # bytes of one client's (update, broadcast), by what the papers say is sent
@@ -44,17 +45,21 @@ SENT = {
     "dp_fedavg": (1, 1, 0),
     "fedlora": (1, 1, 0),  # whose other rules are counted in test_averaging.py
     "prism": (0, 1, 11),  # a bit for each of 84 weights, and scores
+    "dp_fedavg_gan": (0, 1, 4 * 129),  # the discriminator alone; md_gan is counted in test_gan.py
     "local_only": (0, 0, 0),
     "centralized": (0, 0, 0),
 }
 
 
 @pytest.mark.parametrize(
-    "exam", [exam for exam in (*BASIC, *GROUPED) if exam.algorithm not in SYNTHETIC and not exam.averaging], ids=str
+    "exam",
+    [e for e in (*BASIC, *GROUPED) if e.algorithm not in (*SYNTHETIC, "md_gan") and not e.averaging],
+    ids=str,
 )
 def test_a_round_costs_what_the_algorithm_sends(exam: Exam):
     up, down, extra = SENT[exam.algorithm]
-    size = {"regression": MODEL, "blobs": PERCEPTRON, "adapted": ADAPTED, "masked": MASKED}[exam.problem]
+    sizes = {"regression": MODEL, "blobs": PERCEPTRON, "adapted": ADAPTED, "masked": MASKED, "points": POINTS}
+    size = sizes[exam.problem]
     ledger = Ledger()
     train(exam.task(), exam.make(), MeteredBackend(exam.backend(3), ledger), 2)
     assert ledger.entry() == {

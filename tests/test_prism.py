@@ -37,7 +37,8 @@ from fedray.models.masked import masked as masked_model
 from fedray.models.nets import paired_conv
 from fedray.models.pictures import in_range
 from fedray.runs import run
-from fedray.tasks.generation import Generation, Matching, generation
+from fedray.tasks.generation import Generation, generation
+from fedray.tasks.matching import MATCHINGS, Objective
 
 LOCAL = LocalTraining(local_optimizer="adam", local_lr=0.1, local_beta1=0.5, batch_size=4)
 
@@ -389,7 +390,7 @@ def test_the_adam_moving_average_follows_the_differences_of_moments():
 
     kept = {"mean": torch.tensor([1.0, -1.0]), "var": torch.zeros(2), "steps": torch.zeros(())}
     kept |= {f"{v}{m}": torch.zeros(2) for v in "ab" for m in ("", "_first", "_second")}
-    matching, model = Matching(lambda x: (x, x), kept, "adam", 0.05), Fixed()
+    matching, model = Objective(lambda x: (x, x), kept, MATCHINGS["adam"](0.05)), Fixed()
     ours, theirs = [], torch.zeros(2, requires_grad=True)
     adam = torch.optim.Adam([theirs], lr=0.05, betas=(0.5, 0.999))
     for _ in range(5):
@@ -404,9 +405,9 @@ def test_the_adam_moving_average_follows_the_differences_of_moments():
     assert float(gradient) == pytest.approx(-float(kept["a"].sum()), abs=1e-6)
 
 
-@pytest.mark.parametrize("averaging", ["adam", "moving", "none"])
-def test_a_federation_of_masks_is_the_same_for_any_number_of_shares(averaging):
-    task = pictures_task(averaging=averaging)
+@pytest.mark.parametrize("matching", MATCHINGS)
+def test_a_federation_of_masks_is_the_same_for_any_number_of_shares(matching):
+    task = pictures_task(matching=MATCHINGS[matching]())
     local = replace(LOCAL, local_steps=2)
     found = []
     for shares in (1, 3):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fedray.algorithm import FederatedAlgorithm
 from fedray.algorithms.baselines import centralized, local_only
 from fedray.algorithms.dp_fedavg import dp_fedavg
+from fedray.algorithms.dp_fedavg_gan import dp_fedavg_gan
 from fedray.algorithms.fedavg import fedavg
 from fedray.algorithms.fedbuff import fedbuff
 from fedray.algorithms.feddyn import feddyn
@@ -14,6 +15,7 @@ from fedray.algorithms.fedopt import fedadagrad, fedadam, fedavgm, fedyogi
 from fedray.algorithms.fedprox import fedprox
 from fedray.algorithms.fgl import fgl
 from fedray.algorithms.gpt_fl import gpt_fl
+from fedray.algorithms.md_gan import md_gan
 from fedray.algorithms.moon import moon
 from fedray.algorithms.prism import prism
 from fedray.algorithms.scaffold import scaffold
@@ -34,6 +36,8 @@ ALGORITHMS: dict[str, Callable[..., FederatedAlgorithm]] = {
     "fedlora": fedlora,
     "gpt_fl": gpt_fl,
     "prism": prism,
+    "dp_fedavg_gan": dp_fedavg_gan,
+    "md_gan": md_gan,
     "fgl": fgl,
     "local_only": local_only,
     "centralized": centralized,

@@ -3,7 +3,7 @@
 For clients, w ← w − 1/m·(Σ Δ_k·min(1, S/‖Δ_k‖) + N(0, z²S²)), with Δ_k = w − w_k of the m clients of a cohort.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from fedray.aggregators import mean, norm_bound, with_members
 from fedray.algorithm import Backend, Client, ClientResult, FederatedAlgorithm, Metrics
-from fedray.learner import Learner
+from fedray.learner import Learner, LossFunction
 from fedray.local_training import LocalTraining, Weighting
 from fedray.privacy import Mechanism, accounting, dp_client, noisy
 from fedray.seeds import seed_for
@@ -55,22 +55,37 @@ def dp_fedavg(
         server_optimizer: What the server does with the mean update.
         weighting: What a client weighs: one, as `dp_client` must have it; its examples; or these in whole batches.
     """
-    of_clients = privacy.unit == "client"
+    return privately(num_clients, local, privacy, server_optimizer, weighting)
+
+
+def privately(
+    num_clients: int,
+    local: LocalTraining,
+    privacy: Mechanism,
+    server_optimizer: ServerOptimizer,
+    weighting: Weighting = "uniform",
+    loss: LossFunction | None = None,
+    part: Callable[[Params], Params] | None = None,
+) -> FederatedAlgorithm:
+    """The same, of a ``part`` of the params, by another ``loss`` than the task's."""
+    of_clients, own = privacy.unit == "client", part or dict
     if of_clients and weighting != "uniform":
         raise ValueError(
             f"weighting is {weighting}; dp_client needs uniform, or a client could weigh more than another"
         )
     if privacy.unit is not None:
         accounting()
+    grouped = of_clients and loss is None
     aggregator = with_members(norm_bound(privacy.max_norm) if of_clients else mean())
 
     def client_update(learner: Learner, w: Params, client: Client) -> ClientResult:
-        y = learner.train(w, client, local, privacy=None if of_clients else privacy)
+        noise, only = None if of_clients else privacy, own(w) if part else None
+        y = learner.train(w, client, local, privacy=noise, loss=loss, only=only)
         weight = local.weight(y.num_examples, weighting)
-        return ClientResult(subtract(w, y.params), weight, {"train_loss": y.loss})
+        return ClientResult(subtract(own(w), own(y.params)), weight, {"train_loss": y.loss})
 
     def init(params: Params) -> ServerState:
-        return ServerState(params, server_optimizer.init(params), torch.zeros(num_clients, dtype=torch.int64))
+        return ServerState(params, server_optimizer.init(own(params)), torch.zeros(num_clients, dtype=torch.int64))
 
     def spent(state: ServerState, sizes: np.ndarray, members: Sequence[Client]) -> float:
         """The largest ε of anybody, after the round that ``state`` has counted."""
@@ -82,16 +97,14 @@ def dp_fedavg(
 
     def apply(state: ServerState, cohort: Sequence[Client], backend: Backend) -> tuple[ServerState, Metrics]:
         [sizes] = backend.map(lambda learner, _: learner.task.sizes, [None])
-        (g, members), metrics = backend.map_reduce(client_update, state.params, cohort, aggregator, grouped=of_clients)
+        (g, members), metrics = backend.map_reduce(client_update, state.params, cohort, aggregator, grouped=grouped)
         if of_clients:
             generator = torch.Generator().manual_seed(seed_for("noise", *(client.seed for client in members)))
             g = noisy(g, privacy.std / len(members), generator)
         taken = state.taken + torch.bincount(torch.tensor([c.id for c in members]), minlength=num_clients)
-        params, opt_state = server_optimizer.apply(g, state.opt_state, state.params)
-        new = ServerState(params, opt_state, taken, max(state.largest, len(members)), state.epsilon)
-        if privacy.unit is None:  # no guarantee, no ε
-            return new, metrics
-        new = replace(new, epsilon=spent(new, sizes, members))
-        return new, {**metrics, "epsilon": new.epsilon}
+        params, opt_state = server_optimizer.apply(g, state.opt_state, own(state.params))
+        new = ServerState(state.params | params, opt_state, taken, max(state.largest, len(members)), state.epsilon)
+        epsilon: dict[str, Any] = {"epsilon": spent(new, sizes, members)} if privacy.unit else {}  # or no guarantee
+        return replace(new, **epsilon), {**metrics, **epsilon}
 
     return FederatedAlgorithm(init, apply)

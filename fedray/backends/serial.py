@@ -67,7 +67,8 @@ class SerialBackend:
         cut = units(cohort, self._group if grouped else 1, self.client_states.has)
         whole = aggregator.zero()
         for share in balance(cut, self._num_shares):
-            loaded = [[replace(client, state=self.client_states.of(client)) for client in unit] for unit in share]
+            of = self.client_states.of if keeps_state else lambda _: None
+            loaded = [[replace(client, state=of(client)) for client in unit] for unit in share]
             partial, accumulator, states = fold(self._learner, job, broadcast, loaded)
             with self.clock("merge"):
                 whole = aggregator.merge(whole, accumulator)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedray.models.classifier import positive
+from fedray.models.discriminators import Discriminator, Gan
 from fedray.models.masked import Masking, mask
 
 
@@ -103,7 +104,24 @@ def masked_resnet_generator(
     return mask(resnet_generator(shape, width, latent), masking)
 
 
+def resnet_gan(
+    shape: tuple[int, ...], /, width: int = 64, latent: int = 128, discriminator_width: int = 64
+) -> nn.Module:
+    """The ResNet generator with a discriminator beside it (DCGAN's, without BatchNorm), for GANs.
+
+    Args:
+        shape: (C, H, W) of a picture; H = W is 4 times a power of two.
+        width: The generator's channels before the last convolution.
+        latent: Length of the noise.
+        discriminator_width: The discriminator's channels after the first convolution.
+    """
+    generator = resnet_generator(shape, width, latent)
+    blocks = (shape[-1] // 4).bit_length() - 1
+    return Gan(generator, Discriminator(shape[0], positive("discriminator_width", discriminator_width), blocks))
+
+
 IMAGE_GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "resnet_generator": resnet_generator,
     "masked_resnet_generator": masked_resnet_generator,
+    "resnet_gan": resnet_gan,
 }

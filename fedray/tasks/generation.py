@@ -6,7 +6,7 @@ are to be those of real ones, without a discriminator.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,13 @@ from fedray.seeds import seed_for
 from fedray.tasks import holdings
 from fedray.tasks.classification import Partitioner
 from fedray.tasks.judging import Judging
+from fedray.tasks.matching import Matching, Objective, adam, moments
 from fedray.trees import Tree
 
 ImageGeneratorBuilder = Callable[[tuple[int, ...]], nn.Module]
 FeatureMapsBuilder = Callable[[tuple[int, ...]], FeatureMaps]
-Averaging = Literal["adam", "moving", "none"]
 
 _BLOCK = 64  # pictures whose statistics are taken at a time
-_AMA_LR, _BETA1, _BETA2 = 1e-5, 0.5, 0.999  # of GFMN's released code
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,7 @@ class Generation:
     feature_maps: FeatureMaps
     compared_by: FeatureMaps
     size: int
-    averaging: Averaging
-    ama_lr: float
+    matching: Matching
     seed: int
     judging: Judging
     average_buffers: bool = False
@@ -84,18 +82,17 @@ class Generation:
         """Squared distances of the means and of the variances of features, of the batch and of as many generated."""
         maps = self.feature_maps.on(batch["x"].device)
         with torch.no_grad():
-            real = _moments(maps(batch["x"])[0])
-        fake = _moments(maps(generated(model, len(batch["x"])))[0])
+            real = moments(maps(batch["x"])[0])
+        fake = moments(maps(generated(model, len(batch["x"])))[0])
         return sum(((a - b) ** 2).mean() for a, b in zip(real, fake, strict=True))  # type: ignore[return-value]
 
-    def objective(self, learner: Learner, client: Client, kept: Tree | None) -> "Matching":
+    def objective(self, learner: Learner, client: Client, kept: Tree | None) -> Objective:
         """The loss of one client, against statistics of all its pictures; ``kept`` is what it was when it ended."""
         maps = self.feature_maps.on(learner.device)
         if kept is None:
-            kept = _statistics(maps, learner, self.examples(client.id))
-            if self.averaging == "adam":
-                kept |= _fresh(len(kept["mean"]), seed_for(client.seed, "objective"), learner.device)
-        return Matching(maps, {name: tensor.clone() for name, tensor in kept.items()}, self.averaging, self.ama_lr)
+            known = _statistics(maps, learner, self.examples(client.id))
+            kept = self.matching.begin(known, seed_for(client.seed, "objective"))
+        return Objective(maps, {name: tensor.clone() for name, tensor in kept.items()}, self.matching)
 
     def evaluate(self, model: nn.Module, batch: Columns) -> dict[str, Any]:
         """Sums over the batch and over as many generated pictures."""
@@ -105,50 +102,6 @@ class Generation:
         """Distances of generated pictures to test pictures, by the features that are compared, and some of them."""
         metrics, pictures = self.judging.summarize(sums)
         return metrics, {"extractor": self.compared_by.name, "pictures": pictures}
-
-
-class Matching:
-    """A client's loss: GFMN's Adam moving average of the distance of moments, a moving average of them, or neither.
-
-    With ``adam``, a and b follow the differences of means and of variances by a step of Adam each, and the loss is
-    a·(μ_real − μ_fake) + b·(v_real − v_fake).
-    """
-
-    def __init__(self, maps: nn.Module, kept: dict[str, torch.Tensor], averaging: Averaging, lr: float) -> None:
-        self._maps, self.kept, self._averaging, self._lr = maps, kept, averaging, lr
-
-    def __call__(self, model: nn.Module, batch: Columns) -> torch.Tensor:
-        """The loss of as many generated pictures as the batch has."""
-        fake_mean, fake_var = _moments(self._maps(generated(model, len(batch["x"])))[0])
-        kept = self.kept
-        differences = {"a": kept["mean"] - fake_mean, "b": kept["var"] - fake_var}
-        if self._averaging == "none":
-            return sum(d.square().mean() for d in differences.values())  # type: ignore[return-value]
-        if self._averaging == "moving":
-            for name, found in (("fake_mean", fake_mean), ("fake_var", fake_var)):
-                before = kept.get(name, found.detach())
-                differences["a" if name == "fake_mean" else "b"] = kept[name.removeprefix("fake_")] - (
-                    0.9 * before + 0.1 * found
-                )
-                kept[name] = (0.9 * before + 0.1 * found).detach()
-            return sum(d.square().mean() for d in differences.values())  # type: ignore[return-value]
-        kept["steps"] = kept["steps"] + 1
-        for name, difference in differences.items():
-            self._follow(name, difference.detach())
-        return sum((kept[name] * difference).sum() for name, difference in differences.items())  # type: ignore[return-value]
-
-    def _follow(self, name: str, target: torch.Tensor) -> None:
-        """One step of Adam on ‖v − target‖² / F."""
-        v, steps = self.kept[name], float(self.kept["steps"])
-        gradient = 2 * (v - target) / len(v)
-        first = self.kept[f"{name}_first"].mul_(_BETA1).add_(gradient, alpha=1 - _BETA1)
-        second = self.kept[f"{name}_second"].mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
-        root = (second / (1 - _BETA2**steps)).sqrt_().add_(1e-8)
-        v.addcdiv_(first, root, value=-self._lr / (1 - _BETA1**steps))
-
-
-def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return features.mean(0), features.var(0) if len(features) > 1 else torch.zeros_like(features[0])
 
 
 def _statistics(maps: nn.Module, learner: Learner, examples: Columns) -> dict[str, torch.Tensor]:
@@ -167,14 +120,6 @@ def _statistics(maps: nn.Module, learner: Learner, examples: Columns) -> dict[st
     return {"mean": mean.float(), "var": ((squares - count * mean.square()) / max(1, count - 1)).clamp_min(0).float()}
 
 
-def _fresh(length: int, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The start of the moving average: as a linear layer's weights."""
-    draw, bound = torch.Generator().manual_seed(seed), length**-0.5
-    fresh = {name: (torch.rand(length, generator=draw) * 2 - 1).mul_(bound).to(device) for name in ("a", "b")}
-    zeros = {f"{name}_{m}": torch.zeros(length, device=device) for name in ("a", "b") for m in ("first", "second")}
-    return {**fresh, **zeros, "steps": torch.zeros((), device=device)}
-
-
 def generation(
     seed: int,
     /,
@@ -185,8 +130,7 @@ def generation(
     features: FeatureMapsBuilder,
     compared_by: FeatureMapsBuilder | None = None,
     size: int = 32,
-    averaging: Averaging = "adam",
-    ama_lr: float = _AMA_LR,
+    matching: Matching = adam(),
     judging: Judging = Judging(),
 ) -> Task:
     """Pictures like the clients', by matching features (GFMN), compared with test pictures by their features.
@@ -199,9 +143,7 @@ def generation(
         compared_by: The network by whose features generated pictures are compared with test pictures, such as FID's
             Inception; None for the one above.
         size: Height and width of generated pictures; real ones are resized to it.
-        averaging: How a client's differences of moments are averaged over steps: GFMN's Adam moving average, a plain
-            moving average of generated moments, or not.
-        ama_lr: Learning rate of the Adam moving average.
+        matching: What a client's loss makes of the features.
         judging: How generated pictures are compared with test pictures.
     """
     if data.train["x"].dtype != np.uint8:
@@ -212,4 +154,4 @@ def generation(
         judging.check(model(shape))
     maps = features(shape)
     judges = maps if compared_by is None else compared_by(shape)
-    return Generation(data, parts, model, maps, judges, size, averaging, ama_lr, seed, judging)
+    return Generation(data, parts, model, maps, judges, size, matching, seed, judging)
