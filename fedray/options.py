@@ -36,8 +36,11 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
             continue
         annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
         if dataclasses.is_dataclass(annotation) and catalogue.kind_of(annotation) is None:
+            made = {field.name: field.default_factory for field in dataclasses.fields(annotation)}
             for option in options_of(typing.cast(Callable[..., Any], annotation)).values():
-                options[option.name] = dataclasses.replace(option, group=parameter.name)
+                factory = made.get(option.name, dataclasses.MISSING)
+                default = option.default if factory is dataclasses.MISSING else factory()
+                options[option.name] = dataclasses.replace(option, default=default, group=parameter.name)
         else:
             doc = docs.get(parameter.name, "")
             options[parameter.name] = Option(parameter.name, annotation, parameter.default, doc)

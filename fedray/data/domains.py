@@ -35,8 +35,9 @@ def describe(image: np.ndarray) -> list[str]:
 
 
 def described(of: Dataset) -> Dataset:
-    """Pictures with a further column ``domain``, how bright each is (dark, grey or bright; of colour pictures dark,
-    soft or bright): domains that are in the pictures themselves, and that a prompt can name.
+    """Pictures with a further column ``domain``: how bright each is, as a prompt can say it.
+
+    That is dark, grey or bright, of colour pictures dark, soft or bright: domains that are in the pictures themselves.
 
     Args:
         of: The pictures.
