@@ -118,7 +118,7 @@ def sweep(
     tell: Tell = lambda _: None,
     targets: Sequence[float] | None = None,
 ) -> list[Outcome]:
-    """Run every trial, write ``results.csv`` and ``report.html`` into ``out``, and return the outcomes in order.
+    """Run every trial, and write ``results.csv``, ``results.parquet`` and ``report.html``: the outcomes in order.
 
     What it took to reach a target accuracy is among a trial's final metrics (``rounds_to_0.8``, ``megabytes_to_0.8``,
     ...) if it was reached.
@@ -212,17 +212,46 @@ def _check_same(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_results(outcomes: Sequence[Outcome], path: Path) -> None:
-    """One line a trial: its settings, its final metrics, and why it failed if it did."""
-    settings = list(dict.fromkeys(key for outcome in outcomes for key, _ in outcome.trial.settings))
-    metrics = sorted({key for outcome in outcomes for key, value in outcome.final.items() if _is_number(value)})
+    """A table of trials as CSV and, if pyarrow is installed, as Parquet beside it: its columns are `columns`."""
+    made = columns(outcomes)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["trial", *settings, *metrics, "error"])
-        for name, outcome in zip(short_names([outcome.trial.folder for outcome in outcomes]), outcomes, strict=True):
-            given = dict(outcome.trial.settings)
-            error = outcome.error.strip().splitlines()[-1] if outcome.error else ""
-            row = [*(given.get(key, "") for key in settings), *(outcome.final.get(key, "") for key in metrics)]
-            writer.writerow([name, *row, error])
+        writer.writerow(made)
+        writer.writerows(zip(*made.values(), strict=True))  # None is an empty cell
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    except ImportError:  # an extra
+        return
+    texts = ("trial", "error")
+    typed = {
+        name: pyarrow.array(values, "string") if name in texts else _typed(values) for name, values in made.items()
+    }
+    parquet.write_table(pyarrow.table(typed), path.with_suffix(".parquet"))
+
+
+def columns(outcomes: Sequence[Outcome]) -> dict[str, list[Any]]:
+    """By column, a value a trial: its name, its settings, its final metrics, and why it failed; None if it has none."""
+    settings = list(dict.fromkeys(key for outcome in outcomes for key, _ in outcome.trial.settings))
+    metrics = {key for outcome in outcomes for key, value in outcome.final.items() if _is_number(value)}
+    given = [dict(outcome.trial.settings) for outcome in outcomes]
+    return {
+        "trial": short_names([outcome.trial.folder for outcome in outcomes]),
+        **{key: [one.get(key) for one in given] for key in settings},
+        **{key: [o.final.get(key) for o in outcomes] for key in sorted(metrics - set(settings))},
+        "error": [outcome.error.strip().splitlines()[-1] if outcome.error else None for outcome in outcomes],
+    }
+
+
+def _typed(values: Sequence[Any]) -> list[Any]:
+    """One type for a column: numbers if all are numbers or, as settings, are written as such; else texts."""
+    if all(value is None or re.fullmatch(r"[+-]?\d+", str(value)) for value in values):
+        whole = [None if value is None else int(value) for value in values]
+        if all(value is None or abs(value) < 2**63 for value in whole):
+            return whole
+    with contextlib.suppress(ValueError):
+        return [None if value is None else float(value) for value in values]
+    return [None if value is None else str(value) for value in values]
 
 
 def table(outcomes: Sequence[Outcome], metric: str = "test_accuracy", over: str = "seed") -> str:

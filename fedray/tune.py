@@ -122,7 +122,7 @@ def tune(
     space: Sequence[str] = (),
     address: str | None = None,
 ) -> Found:
-    """Search, and write ``results.csv`` and ``report.html`` into ``out``.
+    """Search, and write ``results.csv``, ``results.parquet`` and ``report.html`` into ``out``.
 
     Args:
         source: A YAML file, the name of a shipped experiment, or a mapping.

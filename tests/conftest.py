@@ -14,6 +14,14 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 prepare("local")  # before any test imports ray
 
 
+_LONG = ("test_tune", "test_ray", "test_nodes", "test_ray_run", "test_storage", "test_docs", "test_prism_states")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
 @pytest.fixture(scope="session")
 def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A local Ray with more CPUs than there are, and four GPUs that exist for the scheduler only."""

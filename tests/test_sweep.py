@@ -8,7 +8,7 @@ import pytest
 from fedray import runs
 from fedray.cli import main
 from fedray.errors import ConfigError
-from fedray.sweep import Outcome, Trial, axis, failed, sweep, table, trials
+from fedray.sweep import Outcome, Trial, axis, failed, sweep, table, trials, write_results
 
 VALUES = {
     "rounds": 2,
@@ -133,6 +133,38 @@ def test_mistakes_show_before_anything_starts(tmp_path):
 def test_a_table_says_what_failed():
     trial = Trial((("a", "1"), ("seed", "0")), Path("x"))
     assert table([Outcome(trial, {}, "boom")]) == "all  test_accuracy failed"
+
+
+def test_results_have_types_in_parquet_and_the_same_cells_in_csv(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    settings = [("0.1", "2", "fedavg", "1"), ("1", "3", "7", "2")]
+    keys = ("alpha", "cohort", "algorithm", "round")
+    made = [Trial(tuple(zip(keys, row, strict=True)), tmp_path / str(number)) for number, row in enumerate(settings)]
+    finals = [{"bytes": 2**60 + 1, "loss": 1, "round": 9, "test_accuracy": 0.5}, {"bytes": 3, "loss": 0.5, "note": "x"}]
+    found = [Outcome(made[0], finals[0]), Outcome(made[1], finals[1], "Traceback\nValueError: no, no\n")]
+    write_results(found, tmp_path / "results.csv")
+    table = parquet.read_table(tmp_path / "results.parquet").to_pydict()
+    assert table == {
+        "trial": ["0", "1"],
+        "alpha": [0.1, 1.0],
+        "cohort": [2, 3],
+        "algorithm": ["fedavg", "7"],
+        "round": [1, 2],  # the setting, not the metric
+        "bytes": [2**60 + 1, 3],
+        "loss": [1.0, 0.5],
+        "test_accuracy": [0.5, None],
+        "error": [None, "ValueError: no, no"],
+    }
+    assert [type(value) for value in table["cohort"] + table["loss"]] == [int, int, float, float]
+    many = Outcome(Trial((("seed", "9" * 30),), tmp_path / "2"), {})  # more than 64 bits
+    write_results([many], tmp_path / "many.csv")
+    assert parquet.read_table(tmp_path / "many.parquet")["seed"].to_pylist() == [1e30]
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(table)
+    assert [row["error"] for row in rows] == ["", "ValueError: no, no"]
+    assert rows[1]["test_accuracy"] == ""
+    assert rows[0]["bytes"] == str(2**60 + 1)
 
 
 def test_on_ray_trials_are_packed_and_have_the_same_bytes(tmp_path, capfd):
