@@ -64,7 +64,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     sweep = commands.add_parser("sweep", help="run a grid of trials, many at once, and compare them")
     sweep.add_argument("config", help="a YAML file, or a shipped experiment's name")
-    sweep.add_argument("axes", nargs="+", metavar="key=v1,v2", help="values of an option; seed=0..4 for a range")
+    sweep.add_argument("axes", nargs="*", metavar="key=v1,v2", help="values of an option; seed=0..4 for a range")
+    sweep.add_argument("--file", metavar="FILE", help="a CSV or YAML list of settings, each combined with the values")
     sweep.add_argument(
         "--out", type=local, required=True, metavar="DIR", help="the sweep's folder; it goes on if there"
     )
@@ -159,11 +160,14 @@ def _resume(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from fedray.sweep import failed, sweep, table
+    from fedray.sweep import failed, rows_of, sweep, table
 
+    if not options.axes and options.file is None:
+        raise ConfigError("there is nothing to vary; give key=value,value ... or --file")
     tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     given = options.axes, options.out, options.zip, options.random, options.retries
-    found = sweep(options.config, *given, tell, options.target)
+    rows = [{}] if options.file is None else rows_of(options.file)
+    found = sweep(options.config, *given, tell, options.target, rows)
     print(table(found, options.metric))
     print(f"results: {options.out / 'results.csv'}\nreport: {options.out / 'report.html'}")
     if (error := failed(found)) is not None:

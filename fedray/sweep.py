@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from fedray import config
 from fedray.errors import ConfigError, FedrayError
@@ -78,31 +79,57 @@ def axis(text: str) -> tuple[str, list[str]]:
     return key, cut
 
 
-def trials(axes: Sequence[str], out: Path, zipped: bool = False, random: int | None = None) -> list[Trial]:
+def rows_of(path: str | Path) -> list[dict[str, str]]:
+    """Settings from a file, a trial each: a table (CSV) whose columns are keys, or a YAML list of mappings.
+
+    An empty cell leaves the key as the configuration has it.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # YAML's, OmegaConf's and the file system's share no base class
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
+        raise ConfigError(f"{path} is no list of mappings, such as - {{cohort: 5, algorithm.local_lr: 0.1}}")
+    return [
+        {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+        for row in loaded
+    ]
+
+
+def trials(
+    axes: Sequence[str],
+    out: Path,
+    zipped: bool = False,
+    random: int | None = None,
+    given: Sequence[Mapping[str, str]] = ({},),
+) -> list[Trial]:
     """The grid of all values, or the values in step (``zipped``), or so many of the grid at random.
 
-    A folder is called by what differs between trials.
+    Each is combined with each of the settings ``given``. A folder is called by what differs between trials.
     """
     parsed = dict(axis(text) for text in axes)
-    varied = [key for key, values in parsed.items() if len(values) > 1]
     if zipped:
-        lengths = {len(parsed[key]) for key in varied}
-        if len(lengths) > 1:
-            sizes = ", ".join(f"{key} has {len(parsed[key])}" for key in varied)
+        several = {key: len(values) for key, values in parsed.items() if len(values) > 1}
+        if len(set(several.values())) > 1:
+            sizes = ", ".join(f"{key} has {count}" for key, count in several.items())
             raise ConfigError(f"values go in step only if there are as many of each: {sizes}")
-        rows = [
-            tuple((key, values[row % len(values)]) for key, values in parsed.items())
-            for row in range(max(lengths, default=1))
-        ]
+        steps = range(max(several.values(), default=1))
+        chosen = [{key: values[step % len(values)] for key, values in parsed.items()} for step in steps]
     else:
-        rows = [tuple(zip(parsed, chosen, strict=True)) for chosen in itertools.product(*parsed.values())]
+        chosen = [dict(zip(parsed, values, strict=True)) for values in itertools.product(*parsed.values())]
+    rows = [{**row, **values} for row in given for values in chosen]
     if random is not None:
         order = np.random.default_rng(seed_for("sweep")).permutation(len(rows))[:random]
         rows = [rows[place] for place in sorted(order)]
+    varied = [key for key in dict.fromkeys(itertools.chain(*rows)) if len({row.get(key) for row in rows}) > 1]
     made = []
     for row in rows:
-        name = ",".join(f"{key}={value}" for key, value in row if key in varied) or "trial"
-        made.append(Trial(row, out / re.sub(r"[^\w.=,+-]+", "_", name)[:120]))
+        name = ",".join(f"{key}={row[key]}" for key in varied if key in row) or "trial"
+        made.append(Trial(tuple(row.items()), out / re.sub(r"[^\w.=,+-]+", "_", name)[:120]))
     if len({trial.folder for trial in made}) < len(made):
         made = [Trial(t.settings, t.folder.with_name(f"{number:04d}-{t.folder.name}")) for number, t in enumerate(made)]
     return made
@@ -117,6 +144,7 @@ def sweep(
     retries: int = 1,
     tell: Tell = lambda _: None,
     targets: Sequence[float] | None = None,
+    given: Sequence[Mapping[str, str]] = ({},),
 ) -> list[Outcome]:
     """Run every trial, and write ``results.csv``, ``results.parquet`` and ``report.html``: the outcomes in order.
 
@@ -132,12 +160,13 @@ def sweep(
         retries: How often a trial that failed is tried again.
         tell: Told of each trial that ends.
         targets: Test accuracies between 0 and 1; None for a few that suit the trials.
+        given: Settings that each of the others is combined with, such as `rows_of` a file.
 
     Raises:
         ConfigError: a trial's configuration is wrong; nothing was started.
     """
     out = Path(out)
-    planned = trials(axes, out, zipped, random)
+    planned = trials(axes, out, zipped, random, given)
     read = [_values(source, trial) for trial in planned]
     cost = []
     launcher = None

@@ -8,7 +8,7 @@ import pytest
 from fedray import runs
 from fedray.cli import main
 from fedray.errors import ConfigError
-from fedray.sweep import Outcome, Trial, axis, failed, sweep, table, trials, write_results
+from fedray.sweep import Outcome, Trial, axis, failed, rows_of, sweep, table, trials, write_results
 
 VALUES = {
     "rounds": 2,
@@ -52,6 +52,29 @@ def test_trials_are_the_grid_or_in_step_or_a_part():
     assert len({t.folder for t in trials(["m={a: 1},{a: 2},{a; 1}"], Path("o"))}) == 3
     with pytest.raises(ConfigError, match="as many of each: a has 2, b has 3"):
         trials(["a=1,2", "b=1,2,3"], Path("o"), zipped=True)
+
+
+def test_trials_from_a_file_are_combined_with_the_values(tmp_path, capsys):
+    table, listed = tmp_path / "some.csv", tmp_path / "some.yaml"
+    table.write_text('algorithm.local_lr,cohort,task.model\n0.1,2,\n0.2,,"{name: mlp, hidden: [4]}"\n')
+    listed.write_text(
+        "- {algorithm.local_lr: 0.1, cohort: 2}\n- algorithm.local_lr: 0.2\n  task.model: {name: mlp, hidden: [4]}\n"
+    )
+    for path, model in ((table, "{name: mlp, hidden: [4]}"), (listed, '{"name": "mlp", "hidden": [4]}')):
+        made = trials(["seed=0..1"], Path("out"), given=rows_of(path))
+        assert [trial.overrides for trial in made[::2]] == [
+            ["algorithm.local_lr=0.1", "cohort=2", "seed=0"],
+            ["algorithm.local_lr=0.2", f"task.model={model}", "seed=0"],
+        ]
+        assert made[1].folder == Path("out/algorithm.local_lr=0.1,cohort=2,seed=1")
+    out = tmp_path / "sweep"
+    [first, second] = sweep({**VALUES, "rounds": 1}, [], out, given=rows_of(listed))
+    assert (first.error, second.error) == ("", "")
+    assert runs.read_run(second.trial.folder).config["task"]["model"] == {"name": "mlp", "hidden": [4]}
+    listed.write_text("cohort: 2")
+    for arguments, message in ((["--file", str(listed)], "is no list of mappings"), ([], "there is nothing to vary")):
+        assert main(["sweep", "quickstart", "--out", str(tmp_path / "wrong"), *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_a_target_takes_is_a_metric_of_a_trial(tmp_path):
