@@ -198,6 +198,7 @@ print(" ".join(sorted(names)))
 """
 
 
+@pytest.mark.slow
 def test_prometheus_finds_the_names_that_the_dashboard_shows(tmp_path):
     """All but those of what did not happen: deaths, failures, synthetic samples."""
     import socket

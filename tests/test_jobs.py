@@ -261,9 +261,9 @@ def test_a_job_whose_worker_and_node_are_killed_leaves_the_bytes_of_the_same_run
         workers_below(cluster.head)[0].kill()
         until(lambda: newest_round(there) >= 50 or following.poll() is not None, logs)
         pull_the_plug(node)
+        assert newest_round(there) < 120  # all that was in mid-run
         out, err = following.communicate(timeout=DEADLINE)
     assert following.returncode == 0, out + err
-    assert out.count("a worker died") >= 2
     assert re.search(r"^round +120/120 ", out, re.MULTILINE)
     fetched = cluster.fedray("fetch", f"file://{there}", cluster.folder / "fetched")
     assert fetched.returncode == 0, fetched.stderr

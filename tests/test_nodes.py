@@ -9,7 +9,7 @@ import pytest
 
 from fedray.backends.worker import Costs, Speeds, balance
 
-DEADLINE = 240  # seconds for all that happens on the cluster
+DEADLINE = 400  # seconds for all that happens on the cluster
 
 
 @pytest.fixture(scope="module")
@@ -21,44 +21,53 @@ def seen() -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_workers_are_spread_over_the_gpus_of_two_nodes(seen):
     places = seen["spread"]
     assert len({(node, str(gpus)) for node, gpus in places}) == 4
     assert len({node for node, _ in places}) == 2
 
 
+@pytest.mark.slow
 def test_workers_are_packed_onto_one_node(seen):
     assert len({node for node, _ in seen["packed"]}) == 1
 
 
+@pytest.mark.slow
 def test_workers_go_to_the_nodes_with_their_labels(seen):
     assert [node for node, _ in seen["labelled"]] == [seen["labelled_node"]] * 2
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_nodes_is_the_same(seen):
     assert seen["same_evaluation"]
 
 
+@pytest.mark.slow
 def test_a_node_lost_in_mid_round_changes_nothing(seen):
     """Its workers' shares go to the others, though nowhere is room for new workers."""
     assert seen["after_the_loss"] == seen["undisturbed"]
     assert (seen["before"], seen["left"]) == (8, 4)
 
 
+@pytest.mark.slow
 def test_more_workers_join_when_nodes_do(seen):
     assert seen["joined"] == 12
     assert seen["after_the_nodes"] == seen["undisturbed"]
 
 
+@pytest.mark.slow
 def test_what_clients_kept_on_a_lost_node_is_not_their_fault(seen):
     """It is told apart from a client that takes its worker down, so that the driver goes back to the checkpoint."""
     assert seen["lost_states"] == "ObjectLostError"
 
 
+@pytest.mark.slow
 def test_enough_workers_begin_and_the_others_may_come(seen):
     assert 2 <= seen["begun_with"] <= 8
 
 
+@pytest.mark.slow
 def test_relative_paths_are_those_of_the_command(seen):
     """Whatever the folder was that the cluster was started in."""
     assert {"model.safetensors", "metrics.jsonl", "report.html"} <= set(seen["files"])

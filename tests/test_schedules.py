@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from fedray.devices import DEVICES, MBIT, Availability, Devices, Presence
@@ -157,7 +157,12 @@ def test_a_course_of_events_is_a_pure_function_and_time_only_grows(name, sampler
     def timing(n, rng):
         return DEVICES["lognormal"](n, rng, availability=Availability(available, 60.0))
 
-    rounds = course(SCHEDULES[name](made, Timing(timing)), 12)
+    try:
+        rounds = course(SCHEDULES[name](made, Timing(timing)), 12)
+    except ValueError as error:
+        if available == 1 or "clients leave too early" not in str(error):
+            raise
+        reject()  # a handful of clients may never be there for long enough, and that is said
     assert rounds == course(SCHEDULES[name](made, Timing(timing)), 12)
     resumed = SCHEDULES[name](made, Timing(timing))
     assert [resumed(number) for number in (8, 9, 12)] == [rounds[7], rounds[8], rounds[11]]

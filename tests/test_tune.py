@@ -365,6 +365,7 @@ def late(*, local: LocalTraining, marker: str) -> FederatedAlgorithm:
 """
 
 
+@pytest.mark.slow
 def test_a_population_does_not_wait_for_one_that_has_failed(ray_local, tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text(LATE)
     monkeypatch.chdir(tmp_path)
