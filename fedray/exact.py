@@ -101,7 +101,7 @@ def add_stack(total: Sum | None, terms: Tree, weights: Sequence[float]) -> Sum:
         OverflowError: as ``add_term``; ``total`` is as it was.
         ValueError: as ``add_term``, or a weight is not whole; ``total`` is as it was.
     """
-    if not all(float(weight).is_integer() for weight in weights):
+    if not _are_whole(weights):
         raise ValueError(f"the weights are {list(weights)}; a stack needs whole ones")
     return _add(total, terms, weights)
 

@@ -15,7 +15,7 @@ from fedray.experiment import plan
 from fedray.learner import Learner
 from fedray.models import hugging_face
 from fedray.models.causal_lm import AUTO as CAUSAL_LM
-from fedray.models.masked import Masked, probabilities, unmask
+from fedray.models.masked import masked_layers, probabilities, unmask
 from fedray.peft.factors import is_base, unwrapped
 from fedray.peft.parts import Tuned
 from fedray.peft.saving import is_language_model, save_adapter
@@ -50,7 +50,7 @@ def export(run: str | Path, folder: str | Path) -> Path:
         model = learner.load(params)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{file} does not fit the run's own configuration ({error})") from error
-    if any(isinstance(module, Masked) for module in model.modules()):
+    if masked_layers(model):
         return _save_mask(run, model, folder)
     tuned = [(path, module) for path, module in model.named_modules() if isinstance(module, Tuned)]
     if not tuned:
@@ -84,7 +84,7 @@ def load_masked(folder: str | Path) -> nn.Module:
             f"{folder} holds no exported mask ({error}); make one with: fedray export RUN FOLDER"
         ) from error
     model = plan(config.read(folder / "config.yaml")).experiment.task.model()
-    size = sum(module.scores.numel() for module in model.modules() if isinstance(module, Masked))
+    size = sum(layer.scores.numel() for layer in masked_layers(model))
     if about["weights"] != size or len(packed) != -(-size // 8):
         raise DataError(f"{folder} holds a mask of {about['weights']} weights; its configuration's model has {size}")
     return unmask(model, unpack(packed, size))

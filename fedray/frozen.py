@@ -26,6 +26,8 @@ def past_frozen(task: "Task", model: nn.Module) -> "tuple[Task, nn.Module]":
     """
     if [name for name, _ in model.named_children()] != ["features", "head"] or task.augments:
         return task, model
+    if all(p.requires_grad for p in model.get_submodule("features").parameters()):  # as of most models
+        return task, model
     device = next(model.parameters()).device
     with torch.no_grad():
         x = task.prepare({n: column.to(device) for n, column in task.test_examples(0, 1).items()}, None)["x"]
@@ -43,8 +45,6 @@ def past_frozen(task: "Task", model: nn.Module) -> "tuple[Task, nn.Module]":
 def _parts(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, Rest] | None:
     """What is frozen from the input on, and what comes after it; None if there is nothing, or not always the same."""
     features: Any = model.get_submodule("features")
-    if not list(features.parameters()):
-        return None
     if not any(p.requires_grad for p in features.parameters()):
         return (features, lambda whole: Head(whole.get_submodule("head"))) if _is_fixed(features, []) else None
     from fedray.peft.parts import Tuned, blocks_of  # not for models that are trained as a whole

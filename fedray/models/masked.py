@@ -113,13 +113,13 @@ def straight(mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 def probabilities(model: nn.Module) -> dict[str, torch.Tensor]:
     """With which a masked model's weights are kept, in the order of its scores."""
-    return {str(number): layer.probabilities() for number, layer in enumerate(_masked_layers(model))}
+    return {str(number): layer.probabilities() for number, layer in enumerate(masked_layers(model))}
 
 
 @contextmanager
 def under(model: nn.Module, bits: torch.Tensor | None) -> Iterator[None]:
     """Let every forward pass use one mask of all weights, in the order of the model's scores; None for its own."""
-    layers, start = _masked_layers(model), 0
+    layers, start = masked_layers(model), 0
     for layer in layers:
         if bits is not None:
             layer.fixed = bits[start : start + layer.scores.numel()].view_as(layer.scores).to(layer.scores.device)
@@ -145,7 +145,8 @@ def unmask(model: nn.Module, bits: torch.Tensor) -> nn.Module:
     return model
 
 
-def _masked_layers(model: nn.Module) -> list[Masked]:
+def masked_layers(model: nn.Module) -> list[Masked]:
+    """The scores of all masked tensors, in their order; none of a model without masks."""
     return [module for module in model.modules() if isinstance(module, Masked)]
 
 

@@ -14,7 +14,7 @@ from fedray.algorithm import Metrics
 from fedray.bits import final_mask, flat
 from fedray.learner import Columns
 from fedray.metrics.quality import frechet_of, prdc
-from fedray.models.masked import Masked, probabilities, under
+from fedray.models.masked import masked_layers, probabilities, under
 from fedray.models.pictures import latent
 from fedray.seeds import seed_for
 
@@ -50,7 +50,7 @@ class Judging:
     def check(self, model: nn.Module) -> None:
         """Raise a ValueError if the generator has no masks of these kinds."""
         further = [kind for kind in self.evaluated_masks if kind != "fresh"]
-        if further and not is_masked(model):
+        if further and not masked_layers(model):
             raise ValueError(f"evaluated_masks is {self.evaluated_masks}, but the generator has no masks; give [fresh]")
 
     def judge(self, model: nn.Module, maps: nn.Module, batch: Columns, seed: int) -> dict[str, Any]:
@@ -100,11 +100,6 @@ def mask_of(model: nn.Module, kind: Masks) -> torch.Tensor | None:
         return None
     theta = probabilities(model)
     return final_mask(theta) if kind == "fixed" else flat(theta) > 0.5
-
-
-def is_masked(model: nn.Module) -> bool:
-    """Whether there are masks."""
-    return any(isinstance(module, Masked) for module in model.modules())
 
 
 def sheet(pictures: np.ndarray) -> bytes:
