@@ -393,6 +393,20 @@ def parts(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def generation_of_digits(
+    cache: Any, model: dict[str, Any], train: int = 60, test: int = 40, num_clients: int = 3
+) -> Any:
+    """The section ``task`` of a configuration: a small generator of digits, by features that are kept in a folder."""
+    return {
+        "name": "generation",
+        "data": {"name": "subset", "of": "digits", "train": train, "test": test},
+        "partition": {"name": "shards", "num_clients": num_clients},
+        "model": model,
+        "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1, "cache": str(cache)},
+        "size": 8,
+    }
+
+
 def assert_same_bits(a: Any, b: Any) -> None:
     """Equal to the bit: the same leaves in the same places."""
     left, right = dict(parts(a)), dict(parts(b))

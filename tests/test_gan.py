@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import SIZES, Exam, assert_same_bits, initial, make, points, train
+from problems import SIZES, Exam, assert_same_bits, generation_of_digits, initial, make, points, train
 from torch import nn
 
 from fedray.adversarial import GeneratorTraining, discriminator_of, swap, taken_for_real, told_apart
@@ -217,14 +217,7 @@ def configuration(cache: Any, algorithm: dict[str, Any], model: str = "resnet_ga
     return {
         "rounds": 2,
         "cohort": 3,
-        "task": {
-            "name": "generation",
-            "data": {"name": "subset", "of": "digits", "train": 60, "test": 40},
-            "partition": {"name": "shards", "num_clients": 3},
-            "model": {"name": model, "width": 4, "latent": 4},
-            "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1, "cache": str(cache)},
-            "size": 8,
-        },
+        "task": generation_of_digits(cache, {"name": model, "width": 4, "latent": 4}),
         "algorithm": algorithm,
         "backend": "serial",
     }

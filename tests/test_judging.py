@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from problems import assert_same_bits
+from problems import assert_same_bits, generation_of_digits
 from serial_runs import without_page
 
 from fedray import checkpoint
@@ -185,13 +185,8 @@ def values(tmp_path):
         "rounds": 4,
         "cohort": 3,
         "task": {
-            "name": "generation",
-            "data": {"name": "subset", "of": "digits", "train": 60, "test": 40},
-            "partition": {"name": "shards", "num_clients": 3},
-            "model": {"name": "masked_resnet_generator", "width": 2, "latent": 4},
-            "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1, "cache": str(tmp_path / "c")},
+            **generation_of_digits(tmp_path / "c", {"name": "masked_resnet_generator", "width": 2, "latent": 4}),
             "evaluated_masks": ["fresh", "fixed"],
-            "size": 8,
         },
         "algorithm": {"name": "prism", "local_optimizer": "adam", "local_steps": 1, "batch_size": 8},
         "evaluate_every": 2,

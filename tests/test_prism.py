@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from problems import SIZES, Exam, assert_same_bits, make, masked, train
+from problems import SIZES, Exam, assert_same_bits, generation_of_digits, make, masked, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
@@ -454,14 +454,9 @@ def test_a_configuration_of_prism_runs_and_says_what_it_was_compared_by(tmp_path
     values = {
         "rounds": 2,
         "cohort": 3,
-        "task": {
-            "name": "generation",
-            "data": {"name": "subset", "of": "digits", "train": 60, "test": 40},
-            "partition": {"name": "shards", "num_clients": 3},
-            "model": {"name": "masked_resnet_generator", "width": 4, "latent": 4, "scores": "uniform"},
-            "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1, "cache": str(tmp_path / "c")},
-            "size": 8,
-        },
+        "task": generation_of_digits(
+            tmp_path / "c", {"name": "masked_resnet_generator", "width": 4, "latent": 4, "scores": "uniform"}
+        ),
         "algorithm": {"name": "prism", "local_optimizer": "adam", "local_steps": 2},
         "backend": "serial",
     }

@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from commands import command
-from problems import assert_same_bits, initial
+from problems import assert_same_bits, generation_of_digits, initial
 from serial_runs import measured, model, without_page
 from test_ray import ray_backend
-from test_ray_run import DEADLINE, family, only, wait_for_round
+from test_ray_run import kill_a_worker_and_then_the_command
 
 from fedray import checkpoint
 from fedray.backends.serial import SerialBackend
@@ -33,12 +32,7 @@ def values(tmp_path_factory) -> dict[str, Any]:
         "evaluate_every": 4,
         "checkpoint_every": 2,
         "task": {
-            "name": "generation",
-            "data": {"name": "subset", "of": "digits", "train": 120, "test": 30},
-            "partition": {"name": "shards", "num_clients": 5},
-            "model": {"name": "masked_resnet_generator", "width": 2, "latent": 4},
-            "features": {"name": "small_cnn", "data": "digits", "width": 2, "epochs": 1, "cache": cache},
-            "size": 8,
+            **generation_of_digits(cache, {"name": "masked_resnet_generator", "width": 2, "latent": 4}, 120, 30, 5),
             "evaluated_masks": ["fresh", "fixed"],
         },
         "algorithm": {"name": "prism", "local_optimizer": "adam", "local_lr": 0.1, "local_steps": 2, "batch_size": 8},
@@ -134,13 +128,7 @@ def assert_same_run(folder: Path, undisturbed: Path, values: dict[str, Any]) -> 
 def test_a_run_whose_worker_and_then_whose_command_is_killed_resumes_to_the_same_clients(values, undisturbed, tmp_path):
     (tmp_path / "prism.yaml").write_text(yaml.safe_dump({**values, "backend": {"name": "ray", "num_workers": 2}}))
     process = command("run", tmp_path / "prism.yaml", "--out", tmp_path / "run")
-    wait_for_round(tmp_path / "run", 1, process)
-    only(family(process), "WorkerActor")[0].send_signal(signal.SIGKILL)
-    wait_for_round(tmp_path / "run", 5, process)
-    everybody = [member for member in family(process) if "Agent" not in " ".join(member.cmdline())]
-    process.send_signal(signal.SIGKILL)
-    process.wait(DEADLINE)
-    psutil.wait_procs(everybody, timeout=DEADLINE)
+    kill_a_worker_and_then_the_command(process, tmp_path / "run")
     done = checkpoint.newest_round(tmp_path / "run")
     assert 4 <= done < 16, "the run was over before it was killed"
     with without_page():

@@ -38,6 +38,18 @@ def only(processes, name):
     return found
 
 
+def kill_a_worker_and_then_the_command(process: subprocess.Popen, folder: Path) -> list[psutil.Process]:
+    """In rounds 1 and 5 of a run; who is still alive a while afterwards."""
+    wait_for_round(folder, 1, process)
+    only(family(process), "WorkerActor")[0].send_signal(signal.SIGKILL)
+    wait_for_round(folder, 5, process)
+    # Ray's two agents notice for themselves, within minutes
+    everybody = [member for member in family(process) if "Agent" not in " ".join(member.cmdline())]
+    process.send_signal(signal.SIGKILL)
+    process.wait(DEADLINE)
+    return psutil.wait_procs(everybody, timeout=DEADLINE)[1]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The bytes of the model that the serial backend comes to."""
@@ -64,15 +76,7 @@ def test_a_run_goes_on_from_its_checkpoint_when_the_driver_actor_is_killed(undis
 
 def test_killing_a_worker_and_the_command_ends_the_workers_and_leaves_a_run_that_resumes(undisturbed, tmp_path):
     process = command("run", "quickstart", *OPTIONS, "backend.num_workers=2", "--out", tmp_path / "run")
-    wait_for_round(tmp_path / "run", 1, process)
-    only(family(process), "WorkerActor")[0].send_signal(signal.SIGKILL)
-    wait_for_round(tmp_path / "run", 5, process)
-    # Ray's two agents notice for themselves, within minutes
-    everybody = [member for member in family(process) if "Agent" not in " ".join(member.cmdline())]
-    process.send_signal(signal.SIGKILL)
-    process.wait(DEADLINE)
-    _, alive = psutil.wait_procs(everybody, timeout=DEADLINE)
-    assert not alive
+    assert not kill_a_worker_and_then_the_command(process, tmp_path / "run")
     run = fedray.resume(tmp_path / "run", ["backend={name: serial}"])
     assert run.finished
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == undisturbed
