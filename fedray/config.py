@@ -38,6 +38,7 @@ from fedray import catalogue
 from fedray.catalogue import Registry
 from fedray.errors import ConfigError, DataError
 from fedray.options import options_of, parameters, path_of, section_of, type_name, written
+from fedray.sharing import once
 
 
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -140,6 +141,7 @@ class Configured:
     options: Mapping[str, Any]
     where: str
     result: Any  # its type
+    asked: str = ""  # what it was built from
 
     def __call__(self, *objects: Any) -> Any:
         """Call it; what the component refuses becomes a `ConfigError` that says where the option stands.
@@ -174,6 +176,12 @@ def build(annotation: Any, value: Any, where: str, dry: bool = False) -> Any:
         ConfigError: an unknown name or option, a wrong type, a missing option, a value that the component refuses.
     """
     kind = catalogue.kind_of(annotation) or ""
+    if kind == "datasets" and not dry:
+        return once(kind, repr(value), lambda: _build(annotation, kind, value, where))
+    return _build(annotation, kind, value, where, dry)
+
+
+def _build(annotation: Any, kind: str, value: Any, where: str, dry: bool = False) -> Any:
     registry = catalogue.components(kind)
     options = {"name": value} if isinstance(value, str) else value
     if not isinstance(options, Mapping):
@@ -189,7 +197,7 @@ def build(annotation: Any, value: Any, where: str, dry: bool = False) -> Any:
         return Configured(function, arguments, where, get_args(annotation)[-1])
     asks = any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters(function))
     if asks and kind in ("tasks", "algorithms"):  # for the seed, or the number of clients
-        return Configured(function, arguments, where, annotation)
+        return Configured(function, arguments, where, annotation, repr(value))
     return _call(function, (), arguments, where, annotation)
 
 

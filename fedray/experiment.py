@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fedray import backends, config, groups
@@ -15,6 +16,7 @@ from fedray.rounds import Sampler, Select, draw
 from fedray.samplers import Population, uniform
 from fedray.schedules import Scene, Schedule
 from fedray.search import Tuning
+from fedray.sharing import once
 from fedray.trackers import TrackerFactory
 from fedray.trees import Params
 
@@ -104,7 +106,8 @@ def experiment(
     """
     counts = {"rounds": rounds, "cohort": cohort, "seed": seed, "evaluate_every": evaluate_every}
     _check_counts({**counts, "checkpoint_every": checkpoint_every, "keep_checkpoints": keep_checkpoints})
-    task = config.fill(task, seed)
+    if isinstance(task, config.Configured):
+        task = once("task", (task.asked, seed), partial(task, seed))
     num_clients = len(task.sizes)
     algorithm = config.fill(algorithm, num_clients)
     learner = Learner(task, "cpu")  # a model that cannot be built says so now,

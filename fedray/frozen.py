@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fedray.sharing import once
+
 if TYPE_CHECKING:
     from fedray.learner import Columns, Task
 
@@ -94,8 +96,7 @@ class OnActivations:
 
     def __init__(self, task: "Task", first: nn.Module, rest: Rest, device: torch.device) -> None:
         self._task, self._first, self._rest, self._device = task, first, rest, device
-        self._known: OrderedDict[Any, Columns] = OrderedDict()
-        self._size = 0
+        self._known = once("activations", (id(task), device), lambda: _Known(task))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
@@ -127,12 +128,26 @@ class OnActivations:
         return {**moved, "x": torch.cat(blocks), _PASSED: passed}
 
     def _keep(self, key: Any, examples: "Columns") -> "Columns":
-        known = self._passed(examples)
-        self._known[key] = known
-        self._size += known["x"].nbytes
-        while self._size > _ROOM and len(self._known) > 1:
-            self._size -= self._known.popitem(last=False)[1]["x"].nbytes
-        return known
+        return self._known.keep(key, self._passed(examples))
+
+
+class _Known:
+    """Activations of a task's examples by whose they are; whoever was met longest ago makes room."""
+
+    def __init__(self, task: "Task") -> None:
+        self.task = task  # so that nothing else is at its address for as long as they are kept
+        self._columns: OrderedDict[Any, Columns] = OrderedDict()
+        self._size = 0
+
+    def get(self, key: Any) -> "Columns | None":
+        return self._columns.get(key)
+
+    def keep(self, key: Any, columns: "Columns") -> "Columns":
+        self._columns[key] = columns
+        self._size += columns["x"].nbytes
+        while self._size > _ROOM and len(self._columns) > 1:
+            self._size -= self._columns.popitem(last=False)[1]["x"].nbytes
+        return columns
 
 
 def _is_fixed(part: nn.Module, without: Iterable[nn.Module]) -> bool:

@@ -29,6 +29,7 @@ from fedray.report.compare import costs_to, default_targets
 from fedray.report.read import short_names
 from fedray.runs import find, resume, run
 from fedray.seeds import seed_for
+from fedray.sharing import Shared
 
 Tell = Callable[[str], None]
 
@@ -170,14 +171,18 @@ def sweep(
     read = [_values(source, trial) for trial in planned]
     cost = []
     launcher = None
-    for values in read:  # all mistakes show before anything starts
-        made = plan(values)
-        launcher = launcher or made.launcher
-        cost.append(made.experiment.rounds * made.experiment.cohort * float(made.experiment.task.sizes.mean()))
-        del made
+    with Shared().open():
+        for values in read:  # all mistakes show before anything starts
+            made = plan(values)
+            launcher = launcher or made.launcher
+            cost.append(made.experiment.rounds * made.experiment.cohort * float(made.experiment.task.sizes.mean()))
+            del made
     assert launcher is not None
     out.mkdir(parents=True, exist_ok=True)
-    waiting = sorted(range(len(planned)), key=lambda place: -cost[place])  # longest first
+    tasks = [(values.get("seed", 0), repr(values["task"])) for values in read]
+    # longest first; among equals those that share a task come one after the other
+    order = {task: number for number, task in enumerate(dict.fromkeys(tasks))}
+    waiting = sorted(range(len(planned)), key=lambda place: (-cost[place], order[tasks[place]]))
     outcomes: dict[int, Outcome] = {}
     for attempt in range(retries + 1):
         items = [({**read[place], "backend": {"name": "serial"}}, planned[place]) for place in waiting]
@@ -211,17 +216,18 @@ def _values(source: str | Mapping[str, Any], trial: Trial) -> dict[str, Any]:
 
 
 def _runner(device: str) -> Callable[[tuple[dict[str, Any], Trial]], Outcome]:
-    return partial(_run, device)
+    return partial(_run, device, Shared())
 
 
-def _run(device: str, item: tuple[dict[str, Any], Trial]) -> Outcome:
+def _run(device: str, shared: Shared, item: tuple[dict[str, Any], Trial]) -> Outcome:
     """Run a trial, or what is left of it; what goes wrong is its outcome."""
     values, trial = item
     values = {**values, "backend": {"name": "serial", "device": device}}
     folder = trial.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{folder.name}.log").open("a") as log, contextlib.redirect_stderr(log):
+        printed = (folder.parent / f"{folder.name}.log").open("a")
+        with printed as log, contextlib.redirect_stderr(log), shared.open():
             if (folder / "config.yaml").is_file():
                 _check_same(values, folder)
                 resume(folder)
@@ -286,6 +292,7 @@ def _typed(values: Sequence[Any]) -> list[Any]:
 def table(outcomes: Sequence[Outcome], metric: str = "test_accuracy", over: str = "seed") -> str:
     """The metric by what was varied, as mean ± standard deviation over ``over``, a line each."""
     groups: dict[str, list[float]] = {}
+    errors: dict[str, int] = {}
     values: dict[str, set[str]] = {}
     for outcome in outcomes:
         for key, value in outcome.trial.settings:
@@ -295,14 +302,15 @@ def table(outcomes: Sequence[Outcome], metric: str = "test_accuracy", over: str 
         given = dict(outcome.trial.settings)
         label = "  ".join(f"{key}={given[key]}" for key in varied) or "all"
         groups.setdefault(label, [])
+        errors[label] = errors.get(label, 0) + bool(outcome.error)
         if _is_number(outcome.final.get(metric)):
             groups[label].append(float(outcome.final[metric]))
     width = max(map(len, groups))
     lines = []
     for label, found in groups.items():
         spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
-        shown = f"{statistics.mean(found):.4f}{spread}  ({len(found)})" if found else "failed"
-        lines.append(f"{label:{width}}  {metric} {shown}")
+        shown = f"{statistics.mean(found):.4f}{spread}  ({len(found)})" if found else "has no value"
+        lines.append(f"{label:{width}}  {metric} {shown}" + (f"  {errors[label]} failed" if errors[label] else ""))
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import tiny_models
 import torch
 from problems import PROBLEMS
 
+from fedray import runs
 from fedray.algorithm import Client
 from fedray.backends.serial import SerialBackend
 from fedray.evaluation import evaluate
@@ -16,6 +17,7 @@ from fedray.frozen import past_frozen
 from fedray.learner import Learner
 from fedray.local_training import LocalTraining
 from fedray.models.pretrained import Images
+from fedray.sweep import sweep
 
 pytest.importorskip("transformers")
 
@@ -46,6 +48,18 @@ def test_with_a_frozen_backbone_every_example_passes_it_once(folder, monkeypatch
         state, _ = made.algorithm.apply(state, cohort, backend)
         evaluate(made.task, state.params, backend)
     assert sum(seen) - before == sum(made.task.sizes[:4]) + made.task.num_test_examples
+
+
+def test_trials_of_a_sweep_share_activations(folder, tmp_path, monkeypatch):
+    values = tiny_models.configuration(folder, method="head") | {"cohort": 6}
+    seen: list[int] = []
+    monkeypatch.setattr(Images, "__call__", _counted(seen, Images.__call__))
+    [first, second] = sweep(values, ["algorithm.local_lr=0.1,0.2"], tmp_path / "sweep")
+    assert (first.error, second.error) == ("", "")
+    assert sum(count for count in seen if count >= 20) == 120 + 60  # fewer are trials of the model
+    alone = runs.run(values, ["algorithm.local_lr=0.2"], tmp_path / "alone").folder
+    assert sum(count for count in seen if count >= 20) == 2 * (120 + 60)
+    assert (second.trial.folder / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
 
 
 def test_examples_from_elsewhere_pass_the_backbone_like_the_clients_own(folder):

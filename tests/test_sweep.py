@@ -7,7 +7,10 @@ import pytest
 
 from fedray import runs
 from fedray.cli import main
+from fedray.data import Dataset
+from fedray.data.datasets import digits
 from fedray.errors import ConfigError
+from fedray.sharing import Shared, once
 from fedray.sweep import Outcome, Trial, axis, failed, rows_of, sweep, table, trials, write_results
 
 VALUES = {
@@ -147,6 +150,47 @@ def test_a_trial_that_fails_is_tried_again_and_told_and_the_others_go_on(tmp_pat
     assert failed(found[:1]) is None
 
 
+def digits_that_count_how_often_they_are_read(reads: str) -> Dataset:
+    with Path(reads).open("a") as file:
+        file.write("read\n")
+    return digits()
+
+
+def test_trials_of_a_process_read_the_same_data_once(tmp_path):
+    reads = tmp_path / "reads"
+    own = {"name": "tests.test_sweep.digits_that_count_how_often_they_are_read", "reads": str(reads)}
+    data = {"name": "subset", "of": own, "train": 120, "test": 60}
+    values = {**VALUES, "task": {**VALUES["task"], "data": data}}
+    found = sweep(values, ["task.data.train=60,120", "seed=0..2"], tmp_path / "sweep")
+    assert [outcome.error for outcome in found] == [""] * 6
+    assert reads.read_text().count("read") == 2  # for planning, and for all trials
+    alone = runs.run(values, ["task.data.train=60", "seed=2"], tmp_path / "alone").folder
+    assert reads.read_text().count("read") == 3  # nothing is kept outside of a sweep
+    trial = tmp_path / "sweep" / "task.data.train=60,seed=2"
+    assert (trial / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+def test_trials_that_share_a_task_come_one_after_the_other_and_the_longest_first(tmp_path):
+    ended = []
+    sweep(VALUES, ["rounds=1,2", "algorithm.local_lr=0.1,0.2", "seed=0..1"], tmp_path / "sweep", tell=ended.append)
+    assert ["rounds=2" in line for line in ended] == [True] * 4 + [False] * 4
+    assert ["seed=1" in line for line in ended] == [False, False, True, True] * 2
+
+
+def test_what_is_shared_is_what_was_used_last():
+    shared, made = Shared(), []
+
+    def used(key):
+        return once("datasets", key, lambda: made.append(key) or key)
+
+    with shared.open():
+        for key in (1, 2, 1, 3, 4, 5, 1, 2):
+            assert used(key) == key
+    assert made == [1, 2, 3, 4, 5, 2]
+    assert used(2) == 2
+    assert made[-2:] == [2, 2]  # outside, nothing is kept
+
+
 def test_mistakes_show_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError, match="no option 'alhpa'"):
         sweep(VALUES, ["task.partition.alpha=1,2", "task.partition.alhpa=3"], tmp_path / "sweep")
@@ -155,7 +199,10 @@ def test_mistakes_show_before_anything_starts(tmp_path):
 
 def test_a_table_says_what_failed():
     trial = Trial((("a", "1"), ("seed", "0")), Path("x"))
-    assert table([Outcome(trial, {}, "boom")]) == "all  test_accuracy failed"
+    assert table([Outcome(trial, {}, "boom")]) == "all  test_accuracy has no value  1 failed"
+    found = [Outcome(trial, {}, "boom"), Outcome(trial, {"test_accuracy": 0.5}), Outcome(trial, {"test_accuracy": 0.5})]
+    assert table(found) == "all  test_accuracy 0.5000 ± 0.0000  (2)  1 failed"
+    assert table(found[1:], "rounds_to_0.9") == "all  rounds_to_0.9 has no value"
 
 
 def test_results_have_types_in_parquet_and_the_same_cells_in_csv(tmp_path):
