@@ -22,15 +22,15 @@ from fedray.peft.saving import is_language_model, save_adapter
 
 
 def export(run: str | Path, folder: str | Path) -> Path:
-    """Save the final model of a run: tuned by LoRA or IA3, as ``PeftModel.from_pretrained`` loads it, or as a mask.
+    """Save the final model of a run as ``PeftModel.from_pretrained`` loads it, or as a mask.
 
     A model of which a mask was learnt becomes one bit a weight (``mask.safetensors``) beside the run's configuration,
     whose seed gives the frozen weights; `load_masked` makes a plain model of it.
 
-    The base is what ``AutoModel.from_pretrained`` (of text, ``AutoModelForCausalLM``) makes of the run's
-    ``task.model.path``. The classification head,
-    which no AutoModel has, is written beside as ``head.safetensors``. If the run changed frozen weights, as FedEx-LoRA
-    and FLoRA do, the base with its new weights is written to ``base`` in the folder, and the adapter names it.
+    What peft knows is LoRA, IA3 and soft prompts. The base is what ``AutoModel.from_pretrained`` (of text,
+    ``AutoModelForCausalLM``) makes of the run's ``task.model.path``. The classification head, which no AutoModel has,
+    is written beside as ``head.safetensors``. If the run changed frozen weights, as FedEx-LoRA and FLoRA do, the base
+    with its new weights is written to ``base`` in the folder, and the adapter names it.
 
     Args:
         run: A folder of a finished run; its data and its base model must be where they were.

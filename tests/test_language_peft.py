@@ -1,6 +1,7 @@
 """A causal language model tuned by PEFT: what travels, what LoRA's averages do to it, and peft's own format."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,53 @@ def test_what_a_run_leaves_is_a_model_of_peft(folder, texts, tmp_path, averaging
     torch.testing.assert_close(model(tokens), theirs(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+SOFT = {"name": "soft_prompt", "length": 4}
+
+
+def test_a_soft_prompt_of_real_tokens_is_these_tokens(folder):
+    made = LANGUAGE_MODELS["causal_lm"](256, 12, path=str(folder), method=partial(METHODS["soft_prompt"], length=4))
+    model, tokens = made.eval(), torch.randint(256, (3, 12))
+    before = torch.randint(256, (4,))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        model.get_parameter("trunk.soft_prompt.embedding.weight").copy_(plain.get_input_embeddings()(before))
+        whole = plain(torch.cat([before.expand(3, -1), tokens], 1)).logits[:, 4:]
+        torch.testing.assert_close(model(tokens), whole)
+
+
+@pytest.mark.parametrize("start", ["vocabulary", "random"])
+def test_a_soft_prompt_alone_travels_learns_and_is_peft_s(folder, texts, tmp_path, start):
+    values = configuration(folder, texts, {**SOFT, "start": start})
+    values["task"]["data"]["length"] = 12
+    done = finished(values, tmp_path / "run")
+    saved = load_file(done.folder / "model.safetensors")
+    assert {name: tuple(p.shape) for name, p in saved.items()} == {"trunk.soft_prompt.embedding.weight": (4, 16)}
+    assert done.final["bytes_up"] == 3 * 4 * 4 * 16
+    losses = [record["test_loss"] for record in done.metrics]
+    assert losses[2] < losses[1] < losses[0]
+    learner = Learner(plan(config.read(done.folder / "config.yaml")).experiment.task, "cpu")
+    vocabulary = learner.model.get_parameter("trunk.transformer.wte.weight")
+    first = learner.params()["trunk.soft_prompt.embedding.weight"]
+    assert all((vocabulary == vector).all(1).any() for vector in first) == (start == "vocabulary")
+    model = learner.load(saved).eval()
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(export(done.folder, tmp_path / "adapter")).eval()
+    tokens = torch.randint(256, (2, 12))
+    torch.testing.assert_close(model(tokens), theirs(input_ids=tokens).logits[:, 4:], rtol=1e-4, atol=1e-5)
+    values["task"]["model"]["adapter"] = str(tmp_path / "adapter")
+    [begun] = Learner(plan(values).experiment.task, "cpu").params().values()
+    assert torch.equal(begun, saved["trunk.soft_prompt.embedding.weight"])
+    values["task"]["model"]["method"]["length"] = 3
+    with pytest.raises(DataError, match=r"length is 4, while method\.length is 3"):
+        Learner(plan(values).experiment.task, "cpu")
+
+
+def test_a_soft_prompt_takes_the_places_of_tokens(folder):
+    with pytest.raises(ValueError, match="up to 16 tokens; the data have 16, and the soft prompt 20"):
+        trained(folder, "soft_prompt")
+    with pytest.raises(ValueError, match="length is 0; it must be >= 1"):
+        LANGUAGE_MODELS["causal_lm"](256, 12, path=str(folder), method=partial(METHODS["soft_prompt"], length=0))
+
+
 def test_a_run_starts_from_what_another_exported(folder, texts, tmp_path):
     values = configuration(folder, texts, LORA)
     done = finished(values, tmp_path / "run")
@@ -136,10 +184,12 @@ def test_a_run_starts_from_what_another_exported(folder, texts, tmp_path):
     assert all(torch.equal(start[name], p) for name, p in load_file(done.folder / "model.safetensors").items())
 
 
-def test_the_shares_change_nothing(folder, texts, tmp_path):
+@pytest.mark.parametrize("method", [LORA, SOFT], ids=lambda method: method["name"])
+def test_the_shares_change_nothing(folder, texts, tmp_path, method):
     results = []
     for shares in (1, 2):
-        values = configuration(folder, texts, LORA)
+        values = configuration(folder, texts, method)
+        values["task"]["data"]["length"] = 12
         values["backend"]["num_shares"] = shares
         done = finished(values, tmp_path / str(shares))
         results.append(((done.folder / "model.safetensors").read_bytes(), measured(done.folder)))

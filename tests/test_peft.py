@@ -17,7 +17,9 @@ from fedray.peft.parts import blocks_of
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-TOWER_METHODS = sorted(set(METHODS) - {"coop"})  # which tests/test_clip.py examines
+TOWER_METHODS = sorted(
+    set(METHODS) - {"coop", "soft_prompt"}
+)  # of text: tests/test_clip.py, tests/test_language_peft.py
 
 
 def tuned(name: str, model: Any = None, **options: Any) -> Tuned:
@@ -272,6 +274,7 @@ def test_lora_adds_the_scaled_product(stabilised, scale):
         ("lora", {"dropout": -0.1}, "dropout is -0.1; it must be"),
         ("lora", {"targets": ["query", "value"]}, r"targets is \['query', 'value'\]; .*'q_proj'"),
         ("ia3", {"targets": ["nothing"]}, r"targets is \['nothing'\]"),
+        ("soft_prompt", {}, "does not embed tokens; soft prompts are for language models"),
         ("coop", {}, "coop learns the text prompts of CLIP; use it with task.model.name=clip"),
     ],
 )

@@ -193,15 +193,15 @@ def test_tensors_of_another_width_are_refused(adapter, tmp_path):
         pretrained(pictures(), path=str(wider), method=method, adapter=str(adapter))
 
 
-def test_an_adapter_goes_with_lora_and_ia3_only(folder, adapter):
-    with pytest.raises(DataError, match="the method must be lora or ia3"):
+def test_an_adapter_goes_with_the_methods_of_peft_only(folder, adapter):
+    with pytest.raises(DataError, match="the method must be lora, ia3 or soft_prompt"):
         pretrained(pictures(), path=str(folder), method=METHODS["bias"], adapter=str(adapter))
 
 
 def test_what_has_no_format_in_peft_is_not_exported(folder, tmp_path, capsys):
     done = finished(tiny_models.configuration(folder, method="bias"), tmp_path / "run")
     assert cli.main(["export", str(done), str(tmp_path / "adapter")]) == 2
-    assert "not tuned by lora or ia3" in capsys.readouterr().err
+    assert "not tuned by lora, ia3 or soft_prompt" in capsys.readouterr().err
     (done / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no model\.safetensors, which the last round writes; go on with"):
         export(done, tmp_path / "adapter")

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedray.peft.added import adapter, prompt
 from fedray.peft.counting import Count, count, paper_cost_mib, table
-from fedray.peft.library import ia3, lora
+from fedray.peft.library import ia3, lora, soft_prompt
 from fedray.peft.methods import bias, coop, full, head, last_blocks, layernorm
 from fedray.peft.parts import Method, Tuned, blocks_of
 
@@ -28,4 +28,5 @@ METHODS: Mapping[str, Callable[..., nn.Module]] = {
     "ia3": ia3,
     "last_blocks": last_blocks,
     "coop": coop,
+    "soft_prompt": soft_prompt,
 }

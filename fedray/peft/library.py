@@ -1,4 +1,4 @@
-"""Methods that the library peft builds: LoRA and IA3. It is loaded when one of them is used."""
+"""Methods that the library peft builds: LoRA, IA3 and soft prompts. It is loaded when one of them is used."""
 
 from typing import Any, Literal
 
@@ -82,12 +82,44 @@ def ia3(trunk: nn.Module, /, targets: list[str] | None = None, feedforward: list
     return _injected(trunk, config, "ia3_")
 
 
+def soft_prompt(
+    trunk: nn.Module, /, length: int = 20, start: Literal["vocabulary", "random"] = "vocabulary"
+) -> nn.Module:
+    """Learnt vectors before the tokens of a language model's text (prompt tuning, Lester et al., 2021).
+
+    They are called ``soft_prompt.embedding.weight``, shape (length, width), and take the places of as many tokens.
+
+    Args:
+        length: How many vectors.
+        start: The embeddings of tokens drawn from the vocabulary, or standard normal numbers.
+    """
+    if length < 1:
+        raise ValueError(f"length is {length}; it must be >= 1")
+    find: Any = getattr(trunk, "get_input_embeddings", lambda: None)
+    words = find()
+    if not isinstance(words, nn.Embedding):
+        raise ValueError(f"{type(trunk).__name__} does not embed tokens; soft prompts are for language models")
+    peft, shape = library(), getattr(trunk, "config", None)
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        prompt_tuning_init="SAMPLE_VOCAB" if start == "vocabulary" else "RANDOM",
+        token_dim=words.embedding_dim,
+        num_transformer_submodules=1,
+        num_attention_heads=getattr(shape, "num_attention_heads", None),
+        num_layers=getattr(shape, "num_hidden_layers", None),
+    )
+    freeze(trunk).add_module("soft_prompt", peft.PromptEmbedding(config, words))
+    trunk.peft_config = {ADAPTER_NAME: config}  # type: ignore[assignment]
+    return trunk
+
+
 def library() -> Any:
     """The library peft, or a message that says how to install it."""
     try:
         import peft
     except ImportError:
-        raise ConfigError("lora and ia3 need the package 'peft': pip install 'fedray[peft]'") from None
+        raise ConfigError("lora, ia3 and soft_prompt need the package 'peft': pip install 'fedray[peft]'") from None
     return peft
 
 

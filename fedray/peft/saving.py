@@ -1,4 +1,4 @@
-"""LoRA and IA3 in peft's own format: folders that ``PeftModel.from_pretrained`` loads, and that a run starts from.
+"""LoRA, IA3 and soft prompts in peft's own format, which ``PeftModel.from_pretrained`` loads and a run starts from.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, as peft writes them, and ``head.safetensors``
 with the classification head, which peft does not know of.
@@ -18,15 +18,16 @@ from fedray.peft.library import ADAPTER_NAME
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 _PREFIX = "base_model.model."
+_SOFT_PROMPT = {"soft_prompt.embedding.weight": "prompt_embeddings"}  # the parameter, and what peft calls it
 _HEADS = ("classifier.", "head.")  # as peft saves a head, with modules_to_save
 _OLD = ("attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense")
 
 
 def save_adapter(trunk: nn.Module, head: nn.Module | None, folder: Path, base: str, inside: str = "") -> None:
-    """Write a trunk's LoRA or IA3 to a folder.
+    """Write a trunk's LoRA, IA3 or soft prompt to a folder.
 
     Args:
-        trunk: A module that `lora` or `ia3` made.
+        trunk: A module that `lora`, `ia3` or `soft_prompt` made.
         head: The head, whose state is written beside; None for none.
         folder: Where to; made if it is not there.
         base: The hub id or folder of the base model, for ``adapter_config.json``.
@@ -37,7 +38,7 @@ def save_adapter(trunk: nn.Module, head: nn.Module | None, folder: Path, base: s
     """
     config = _config_of(trunk)
     if config is None:
-        raise DataError("the model was not tuned by lora or ia3, and peft has a format for these only")
+        raise DataError("the model was not tuned by lora, ia3 or soft_prompt, and peft has a format for these only")
     tensors = {_saved(name, inside): p.detach().contiguous().cpu() for name, p in _adapter_tensors(trunk).items()}
     settings = {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
     for option in ("target_modules", "feedforward_modules"):
@@ -54,7 +55,7 @@ def save_adapter(trunk: nn.Module, head: nn.Module | None, folder: Path, base: s
 
 
 def load_adapter(trunk: nn.Module, head: nn.Module, folder: str | Path) -> None:
-    """Copy a folder's LoRA or IA3 into a trunk, and its head, if it has one, into the head.
+    """Copy a folder's LoRA, IA3 or soft prompt into a trunk, and its head, if it has one, into the head.
 
     Raises:
         DataError: the folder is not complete, its adapter is of another kind, rank or scale than the trunk's, or its
@@ -64,7 +65,7 @@ def load_adapter(trunk: nn.Module, head: nn.Module, folder: str | Path) -> None:
     settings, tensors = _read(folder)
     config = _config_of(trunk)
     if config is None:
-        raise DataError(f"adapter is {folder}, of LoRA or IA3; the method must be lora or ia3")
+        raise DataError(f"adapter is {folder}, which peft saved; the method must be lora, ia3 or soft_prompt")
     _check_same_kind(folder, settings, config)
     own = _adapter_tensors(trunk)
     prefix = f"{getattr(trunk, 'base_model_prefix', '')}."
@@ -109,16 +110,21 @@ def _config_of(trunk: nn.Module) -> Any:
 
 
 def _adapter_tensors(trunk: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in trunk.named_parameters() if ".lora_" in name or ".ia3_" in name}
+    marks = (".lora_", ".ia3_", *_SOFT_PROMPT)
+    return {name: p for name, p in trunk.named_parameters() if any(mark in name for mark in marks)}
 
 
 def _saved(name: str, inside: str) -> str:
     """The name in peft's files of a live parameter: the adapter's own name is left out."""
+    if name in _SOFT_PROMPT:
+        return _SOFT_PROMPT[name]
     return f"{_PREFIX}{inside}{name.replace(f'.{ADAPTER_NAME}', '')}"
 
 
 def _live(name: str) -> str:
     """The name of the live parameter for a name without the adapter's."""
+    if name in _SOFT_PROMPT.values():
+        return next(iter(_SOFT_PROMPT))
     return name.removesuffix(".weight") + f".{ADAPTER_NAME}.weight" if ".lora_" in name else f"{name}.{ADAPTER_NAME}"
 
 
@@ -144,12 +150,11 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _check_same_kind(folder: Path, settings: dict[str, Any], config: Any) -> None:
     kind = str(settings.get("peft_type", "")).lower()
-    wanted = config.peft_type.value.lower()
+    wanted = str(config.peft_type.value).lower()
     if kind != wanted:
         raise DataError(f"adapter is {folder}, of {kind or 'no kind'}; the method is {wanted}: the two must agree")
-    if wanted != "lora":
-        return
-    options = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rank_stabilised"}
+    options = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rank_stabilised"} if wanted == "lora" else {}
+    options |= {"num_virtual_tokens": "length"} if wanted == "prompt_tuning" else {}
     for key, option in options.items():
         if settings.get(key) != getattr(config, key):
             raise DataError(
