@@ -30,7 +30,7 @@ _LARGEST_SUM = 2.0 ** (63 - FRACTION_BITS) - 1  # less 1, for the rounding of th
 _LARGEST_WHOLE_SUM = 2.0**62
 _MAGIC = 1.5 * 2.0 ** (52 - FRACTION_BITS)  # adding it leaves the fixed-point value in the low mantissa bits
 _MAGIC_BITS = torch.tensor(_MAGIC, dtype=torch.float64).view(torch.int64).item()
-_CHUNK = 1 << 16  # numbers at a time, so that the temporaries stay in a CPU's cache
+_CHUNK = 1 << 17  # numbers at a time, so that the temporaries stay in a CPU's cache
 _LARGE_CHUNK = 1 << 24  # on a GPU, where it is the number of kernels that costs
 
 
@@ -119,7 +119,7 @@ def merge(left: Sum | None, right: Sum | None) -> Sum | None:
 def value(total: Sum, divisor: Fraction = Fraction(1)) -> Tree:
     """The sum over ``divisor``, in the dtype of its terms (float32 for whole-number and boolean terms)."""
     vectors = [
-        vector.fixed.double() * float(Fraction(1, 2**vector.fraction_bits) / divisor)
+        vector.fixed.double().mul_(float(Fraction(1, 2**vector.fraction_bits) / divisor))
         for vector in (total.floats, total.wholes)
     ]
     ends, numbers = [0, 0], iter(total.numbers)

@@ -22,6 +22,7 @@ from fedray.backends.ray.metrics import Meter
 from fedray.backends.ray.resources import Resources, hired, nodes
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.backends.ray.worker_actor import Sent, receive, send
+from fedray.backends.worker import keep_freed_memory
 from fedray.checkpoint import newest_round
 from fedray.errors import FedrayError
 from fedray.experiment import Experiment
@@ -38,6 +39,7 @@ class _Driver:
     def __init__(self, threads: int, folder: str) -> None:
         os.chdir(folder)  # so that relative paths mean what they mean to the command
         travel_as_arrays()
+        keep_freed_memory()
         torch.set_num_threads(threads)
         self._stop = threading.Event()
 
