@@ -3,6 +3,7 @@
 import os
 import signal
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,11 @@ def experiment(algorithm="fedavg", **changes):
     return plan({**CONFIG, "algorithm": {"name": algorithm, "batch_size": 8}, **changes}).experiment
 
 
-def ray_backend(task, cohort=5, **resources):
+def ray_backend(task, cohort=5, fresh=True, **resources):
     from fedray.backends.ray.backend import RayBackend
     from fedray.backends.ray.resources import Resources
 
-    return RayBackend(task, cohort, Resources(**{"num_gpus": 0, **resources}))
+    return RayBackend(task, cohort, Resources(**{"num_gpus": 0, **resources}), fresh=fresh)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,31 @@ def test_a_worker_killed_in_mid_round_changes_nothing(ray_backends, tmp_path):
         result, metrics = backend.map_reduce(die_once, marker, cohort, mean())
         assert Path(marker["path"]).exists(), "nothing died"
         assert (result, metrics) == ({"id": 3.5}, {"loss": 3.5})
+
+
+def test_over_a_standing_line_and_by_calls_rounds_have_the_same_bytes(monkeypatch, tmp_path):
+    made = experiment()
+    expected = train(made, SerialBackend(made.task))
+
+    def is_expected(backend):
+        found = train(made, backend)
+        return bits(vars(found.state)) == bits(vars(expected.state)) and found.metrics == expected.metrics
+
+    with closing(ray_backend(made.task, num_workers=2)) as backend:
+        assert is_expected(backend)
+        assert backend.line is not None
+        with monkeypatch.context() as without:
+            without.setattr("fedray.backends.ray.backend._SMALL", 0)  # bytes, beyond which it is calls
+            without.setattr(backend.line, "ask", None)
+            assert is_expected(backend)
+        marker = {"path": str(tmp_path / "died")}
+        assert backend.map_reduce(die_once, marker, cohort_of(*range(8)), mean())[0] == {"id": 3.5}
+        assert (backend.line, backend.deaths) == (None, 1)  # it ends with a worker
+        assert is_expected(backend)
+        assert backend.line is None
+    with closing(ray_backend(made.task, num_workers=2, fresh=False)) as backend:
+        assert is_expected(backend)
+        assert backend.line is None  # the workers could be listening to somebody else's
 
 
 def test_scaffold_survives_killed_workers_with_the_same_bytes_and_client_states(ray_backends):

@@ -122,7 +122,7 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
                 states.append(state)
             took.append(time.perf_counter() - began)
     keepers = frozenset(c.slot for c, state in zip(members(share), states, strict=True) if state is not None)
-    partial = Partial(totals, tuple(failures), keepers, tuple(took), _size(accumulator), clock.take())
+    partial = Partial(totals, tuple(failures), keepers, tuple(took), size_of(accumulator), clock.take())
     return (partial, accumulator, states) if learner.device == _CPU else (partial, *_to([accumulator, states], _CPU))
 
 
@@ -298,11 +298,14 @@ def _check(job: Job, client: Client, result: ClientResult, kept: list[int]) -> N
         )
 
 
-def _size(accumulator: Any) -> int:
-    if isinstance(accumulator, exact.Sum | torch.Tensor):
-        return accumulator.nbytes
-    if isinstance(accumulator, dict | list | tuple):
-        return sum(map(_size, accumulator.values() if isinstance(accumulator, dict) else accumulator))
+def size_of(tree: Any) -> int:
+    """Bytes of the tensors in an accumulator or a broadcast."""
+    if isinstance(tree, exact.Sum | torch.Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict | list | tuple):
+        return sum(map(size_of, tree.values() if isinstance(tree, dict) else tree))
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return sum(size_of(getattr(tree, f.name)) for f in fields(tree))
     return 0
 
 

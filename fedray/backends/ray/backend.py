@@ -1,8 +1,10 @@
 """Clients on a Ray cluster: resident worker actors, one message to and from each of them a round."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -11,12 +13,13 @@ import ray
 from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientUpdate, Make, Metrics, Pool
 from fedray.backends.ray.cluster import carry_users_modules
-from fedray.backends.ray.crew import Crash, Crew, free
+from fedray.backends.ray.crew import Crash, Crew, Done, free
+from fedray.backends.ray.line import BrokenError, Line, standing
 from fedray.backends.ray.pool import pool_of, stream
 from fedray.backends.ray.resources import Resources, hired, nodes, start_workers
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.backends.ray.worker_actor import Sent, send
-from fedray.backends.worker import Costs, Failure, Job, Partial, Speeds, Unit, balance, members, reduce
+from fedray.backends.worker import Costs, Failure, Job, Partial, Speeds, Unit, balance, members, reduce, size_of
 from fedray.client_states import ClientStates
 from fedray.clock import Clock
 from fedray.errors import FedrayError
@@ -24,6 +27,9 @@ from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
 
+logger = logging.getLogger(__name__)
+
+_SMALL = 1 << 23  # bytes of tensors, up to which a broadcast goes over a standing line
 _INLINE = 100_000  # bytes, up to which Ray sends an argument along with the call
 _TREE = 1 << 28  # bytes of accumulators, beyond which the workers merge them pair by pair, and the driver gets one
 _LOOK = 5.0  # seconds between two looks at whether nodes have joined
@@ -41,6 +47,7 @@ class RayBackend:
         resources: What the workers reserve.
         execution: How clients are computed.
         actors: Those whom somebody else has `hired` already; None to hire them.
+        fresh: Whether nobody else has had a line to them, which they could still be listening to.
 
     Raises:
         ConfigError: the workers do not fit into the cluster.
@@ -54,6 +61,7 @@ class RayBackend:
         resources: Resources = Resources(),
         execution: Execution = ONE_BY_ONE,
         actors: list[Any] | None = None,
+        fresh: bool = True,
     ) -> None:
         travel_as_arrays()
         carry_users_modules()
@@ -71,6 +79,8 @@ class RayBackend:
         self.client_states = ClientStates()
         self.clock = Clock()
         self.dropped: list[Failure] = []
+        self.line: Line | None = None
+        self._may_have_line = fresh
         self.probe()
 
     def _welcome(self, worker: Any) -> ray.ObjectRef:
@@ -128,10 +138,12 @@ class RayBackend:
         limit = asked.client_timeout if metered else None  # the parts of an evaluation are no clients
         job = Job(client_update, aggregator, keeps_state, asked.on_client_error == "drop", limit)
         self._look_for_nodes()
-        with self.clock("broadcast"):
-            sent = ray.put(broadcast)  # once; Ray copies it to each node, not to each client
-            told: Any = ray.cloudpickle.dumps(job)
-            told = told if len(told) < _INLINE else ray.put(told)
+        told = ray.cloudpickle.dumps(job)
+
+        @cache
+        def sent() -> tuple[Any, ray.ObjectRef]:
+            with self.clock("broadcast"):  # once; Ray copies it to each node, not to each client
+                return told if len(told) < _INLINE else ray.put(told), ray.put(broadcast)
 
         def start(worker: Any, share: list[Unit], attempt: int) -> list[ray.ObjectRef]:
             # states are values of their own among the results, so that they outlive the worker and can go to another
@@ -140,7 +152,7 @@ class RayBackend:
                 # those that were lost with a node are nobody's fault here: it is raised as it is
                 ray.get([state for state in states if state is not None])
             call = worker.fold.options(num_returns=2 + len(states))
-            return call.remote(self._task, told, sent, share, *states)
+            return call.remote(self._task, *sent(), share, *states)
 
         def collect(refs: list[ray.ObjectRef]) -> tuple[Partial, Any, list[ray.ObjectRef]]:
             partial = ray.get(refs[0])
@@ -158,7 +170,8 @@ class RayBackend:
         kept: list[tuple[Client, ray.ObjectRef]] = []
         took: dict[Any, tuple[float, float]] = {}
         busy = 0.0
-        for share, value, worker in self._crew.hand_out(start, shares, collect, limit):
+        done = None if keeps_state else self._over_line(told, broadcast, shares)
+        for share, value, worker in done or self._crew.hand_out(start, shares, collect, limit):
             if isinstance(value, Crash):
                 partials.append(_lost(share, value))
                 continue
@@ -179,13 +192,44 @@ class RayBackend:
                 whole = aggregator.merge(whole, accumulator)
         self._speeds.learn(took)
         with self.clock("merge"):
-            for ref in self._merged(told, waiting):
+            for ref in self._merged(sent()[0], waiting) if waiting else ():
                 whole = aggregator.merge(whole, ray.get(ref))
             result, metrics, failures = reduce(partials, whole, job, len(cohort))
         self.dropped += failures
         self.clock.add({"idle": len(workers) * (time.perf_counter() - began) - busy})
         self.client_states.stage(kept)
         return result, metrics
+
+    def _over_line(self, told: bytes, broadcast: Any, shares: list[list[Unit]]) -> list[Done] | None:
+        """What came of the shares, over the standing line; None if there is none, or no more."""
+        if not self._may_have_line or size_of(broadcast) > _SMALL:
+            return None
+        with self.clock("broadcast"):
+            if self.line is None and self._crew.whole:
+                self.line = standing(self._crew.up)
+                self._may_have_line = self.line is not None
+            if self.line is None:
+                return None
+            if self.line.workers != list(self._crew):  # nodes have joined
+                self._end_line()
+                return None
+            idle = [list[Unit]()] * (len(self.line.workers) - len(shares))
+            message = ray.cloudpickle.dumps((told, broadcast, [*shares, *idle]))
+        try:
+            answers = self.line.ask(message)
+        except BrokenError as error:
+            logger.warning("a worker died (%s); the round is done again, and from now on by Ray's calls", error)
+            self._crew.deaths += 1
+            self._end_line()
+            return None
+        with self.clock("merge"):
+            results = [(*ray.cloudpickle.loads(answer), []) for answer in answers[: len(shares)]]
+        return [Done(*each) for each in zip(shares, results, self.line.workers, strict=False)]
+
+    def _end_line(self) -> None:
+        line, self.line, self._may_have_line = self.line, None, False
+        if line is not None:
+            line.close()
 
     def _merged(self, job: Any, parts: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
         """The parts merged by the workers, pair by pair, to one at most."""
@@ -226,6 +270,7 @@ class RayBackend:
 
     def close(self) -> None:
         """End the workers."""
+        self._end_line()
         self._hired.close()
 
 

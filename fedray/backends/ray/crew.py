@@ -18,7 +18,7 @@ Collect = Callable[[list[ray.ObjectRef]], Any]
 
 ATTEMPTS = 3  # how often one client may take its worker down before it is the client's fault
 _DEAD = (RayActorError, OutOfMemoryError, ObjectLostError)
-_QUIET = 600.0  # seconds without any result, after which somebody should be told
+QUIET = 600.0  # seconds without any result, after which somebody should be told
 
 
 class Crash(str):
@@ -55,6 +55,11 @@ class Crew:
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*self.up, *self._coming.values()])
+
+    @property
+    def whole(self) -> bool:
+        """Whether everybody is up."""
+        return not self._coming
 
     def expect(self, actor: Any) -> None:
         """Take in an actor that starts, or starts again."""
@@ -116,12 +121,12 @@ class Crew:
                 share, attempt = queue.popleft()
                 refs = start(actor, share, attempt)
                 running[refs[0]] = actor, share, attempt, refs, time.monotonic()
-            timeout, asked = _QUIET if running else self._patience, time.monotonic()
+            timeout, asked = QUIET if running else self._patience, time.monotonic()
             ready = self.wait(list(running), timeout)
             if not ready and not self.up and not running and time.monotonic() - asked >= timeout:
                 raise FedrayError(f"no worker is left, and none came within {timeout:g} s; {free()}")
             if running and not ready and not told and time.monotonic() - asked >= timeout:
-                logger.warning("no result for %g s; backend.client_timeout ends clients that hang", timeout)
+                tell_of_quiet()
                 told = True
             for first in ready:
                 actor, share, attempt, refs, began = running.pop(first)
@@ -140,6 +145,11 @@ class Crew:
                     did = f"did not end within client_timeout = {limit:g} s" if hung else "took its worker down"
                     value = Crash(f"{did} {attempt} times: {first_line(error)}")
                 yield Done(share, value, actor)
+
+
+def tell_of_quiet() -> None:
+    """Say that there has been no result for a long time."""
+    logger.warning("no result for %g s; backend.client_timeout ends clients that hang", QUIET)
 
 
 def free() -> str:

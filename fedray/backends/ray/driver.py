@@ -44,19 +44,22 @@ class _Driver:
         self._stop = threading.Event()
 
     def run(
-        self, experiment: Experiment, task: Sent, folder: str, resources: Resources, workers: list[Any]
+        self, experiment: Experiment, task: Sent, folder: str, resources: Resources, workers: list[Any], fresh: bool
     ) -> Iterator[Record | None]:
         experiment = replace(experiment, task=receive(task))
-        backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers)
+        backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers, fresh)
         meter, deaths = Meter(Path(folder).name), 0
-        for record in train(experiment, Path(folder), backend, self._stop.is_set):
-            meter.tell(record, backend.num_workers, backend.deaths - deaths)
-            deaths = backend.deaths
-            yield record
-            if experiment.lockstep:
-                yield None  # is handed over, and the loop goes on, when the next record is asked for
-                if self._stop.is_set():
-                    return
+        try:
+            for record in train(experiment, Path(folder), backend, self._stop.is_set):
+                meter.tell(record, backend.num_workers, backend.deaths - deaths)
+                deaths = backend.deaths
+                yield record
+                if experiment.lockstep:
+                    yield None  # is handed over, and the loop goes on, when the next record is asked for
+                    if self._stop.is_set():
+                        return
+        finally:
+            backend.close()
 
     def stop(self) -> None:
         self._stop.set()
@@ -86,10 +89,10 @@ def drive(
         with hired(fitting, experiment.execution) as workers:  # here, so that they come up beside the driver
             experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets it go
             began, attempt = newest_round(folder), 1
-            seen = began or -1
+            seen, fresh = began or -1, True
             while True:
                 try:
-                    with closing(_driven(experiment, task, folder, resources, workers, stop)) as records:
+                    with closing(_driven(experiment, task, folder, resources, workers, fresh, stop)) as records:
                         for record in records:
                             if record["round"] > seen + 1:  # the driver before kept some, and died
                                 for earlier in read_metrics(folder / "metrics.jsonl"):
@@ -100,7 +103,7 @@ def drive(
                                 yield record
                     return
                 except (RayActorError, RayTaskError, ObjectLostError) as error:
-                    lost = _lost(error)
+                    lost, fresh = _lost(error), False
                     if lost is None:
                         raise _cause(error) from None
                     reached = newest_round(folder)
@@ -112,7 +115,13 @@ def drive(
 
 
 def _driven(
-    experiment: Experiment, task: Sent, folder: Path, resources: Resources, workers: list[Any], stop: Stop
+    experiment: Experiment,
+    task: Sent,
+    folder: Path,
+    resources: Resources,
+    workers: list[Any],
+    fresh: bool,
+    stop: Stop,
 ) -> Generator[Record]:
     """What one driver actor reports; it is gone when this ends, so that another one can take its place."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -121,7 +130,7 @@ def _driven(
     ahead = 1 if experiment.lockstep else -1  # results that may wait for being taken; -1: any number
     run = driver.run.options(num_returns="streaming", _generator_backpressure_num_objects=ahead)
     try:
-        yield from _follow(run.remote(experiment, task, str(folder), resources, workers), driver, stop)
+        yield from _follow(run.remote(experiment, task, str(folder), resources, workers, fresh), driver, stop)
     finally:
         with suppress(RayError):
             ray.get(driver.stop.remote(), timeout=_STOPS)

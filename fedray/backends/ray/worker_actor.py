@@ -1,6 +1,7 @@
 """The actor that stands for many clients."""
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,8 @@ class WorkerActor:
         travel_as_arrays()
         keep_freed_memory()
         torch.set_num_threads(threads)
-        self._device, self._execution = device, execution
+        self._device, self._threads, self._execution = device, threads, execution
+        self._busy = threading.Lock()  # there is one scratch model, and a standing line has a thread of its own
         self._learner: Learner | None = None
         self._job: tuple[bytes, Job] | None = None
         self._made: tuple[str, Callable[[Any], Any]] | None = None
@@ -53,9 +55,19 @@ class WorkerActor:
         if states:
             held = iter(states)
             share = [[replace(client, state=next(held)) for client in unit] for unit in share]
-        partial, accumulator, kept = fold(self._learn(task), self._loaded(job), broadcast, share)
+        with self._busy:
+            partial, accumulator, kept = fold(self._learn(task), self._loaded(job), broadcast, share)
         kept += [None] * (len(states) - len(kept))
         return partial, accumulator, *kept[: len(states)]
+
+    def answer(self, message: bytes, place: int) -> bytes:
+        """`fold` over a standing line (`fedray.backends.ray.line`), for clients that keep no state."""
+        torch.set_num_threads(self._threads)  # of this thread, which is Ray's own
+        job, broadcast, shares = ray.cloudpickle.loads(message)
+        assert self._learner is not None  # the line is to those who are up
+        with self._busy:
+            partial, accumulator, _ = fold(self._learner, self._loaded(job), broadcast, shares[place])
+        return ray.cloudpickle.dumps((partial, accumulator))
 
     def merge(self, job: bytes, left: Any, right: Any) -> Any:
         """Two accumulators as one."""
@@ -63,7 +75,8 @@ class WorkerActor:
 
     def map(self, task: Sent, fn: Callable[[Learner, Any], Any], items: list[Any]) -> list[Any]:
         """``fn`` of the learner and each item."""
-        return map_items(self._learn(task), fn, items)
+        with self._busy:
+            return map_items(self._learn(task), fn, items)
 
     def call(self, made: tuple[str, bytes], item: Any) -> Any:
         """What the function that was made returns for an item; it is made at the first call, and stays."""
