@@ -84,6 +84,19 @@ def test_faster_workers_are_given_more():
     assert [len(share) for share in shares] == [10, 30]
 
 
+def test_a_worker_that_had_one_bad_moment_is_given_work_again():
+    speeds = Speeds()
+    speeds.learn({"a": (10.0, 1.0), "b": (10.0, 100.0)})  # it warmed up
+    assert speeds.of(["a", "b"]) == [1.0, 1.0]
+    for _ in range(3):
+        speeds.learn({"a": (10.0, 1.0), "b": (10.0, 100.0)})
+    cut = [[client(0)], [client(1)]]
+    assert balance(cut, 2, Costs(), speeds.of(["a", "b"])) == [cut, []]
+    for _ in range(8):  # where it has nothing to do, nothing can be known of it
+        speeds.learn({"a": (20.0, 2.0)})
+    assert balance(cut, 2, Costs(), speeds.of(["a", "b"])) == [[cut[0]], [cut[1]]]
+
+
 def test_speeds_that_differ_no_more_than_equal_machines_do_leave_the_balance_alone():
     speeds = Speeds()
     speeds.learn({"a": (10.0, 10.0), "b": (10.0, 9.0)})

@@ -244,14 +244,27 @@ class Speeds:
         speeds = (self._speed.get(worker, 1.0) for worker in workers)
         return [1.0 if abs(math.log(speed)) < _NOISE else speed for speed in speeds]
 
+    def knows(self, worker: Any) -> bool:
+        """Whether the worker has worked in an earlier round."""
+        return worker in self._speed
+
     def learn(self, took: Mapping[Any, tuple[float, float]]) -> None:
-        """Take note of each worker's expected work and seconds in a round; only their proportions count."""
+        """Take note of each worker's expected work and seconds in a round; only their proportions count.
+
+        A worker's first round is left out, in which it warms up. Of whom nothing is known this time, since it had too
+        little to do or nothing at all, the speed goes back towards the others': else one bad moment would be for ever.
+        """
         pace = {worker: work / seconds for worker, (work, seconds) in took.items() if work and seconds > _INSTANT}
-        known = [self._speed.get(worker, 1.0) for worker in pace]
+        pace = {worker: found for worker, found in pace.items() if self.knows(worker)}
+        self._speed |= {worker: 1.0 for worker in took if not self.knows(worker)}
+        known = [self._speed[worker] for worker in pace]
         ratios = [math.log(found / speed) for found, speed in zip(pace.values(), known, strict=True)]
         scale = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
         for (worker, found), speed in zip(pace.items(), known, strict=True):
             self._speed[worker] = speed ** (3 / 4) * (found / scale) ** (1 / 4)
+        others = math.prod(self._speed[worker] ** (1 / len(pace)) for worker in pace)
+        for worker in self._speed.keys() - pace.keys():
+            self._speed[worker] = self._speed[worker] ** (3 / 4) * others ** (1 / 4)
 
 
 def balance(

@@ -1,6 +1,5 @@
 """Clients on a Ray cluster: resident worker actors, one message to and from each of them a round."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from fedray.aggregators import Aggregator
 from fedray.algorithm import Client, ClientUpdate, Make, Metrics, Pool
 from fedray.backends.ray.cluster import carry_users_modules
 from fedray.backends.ray.crew import Crash, Crew, Done, free
-from fedray.backends.ray.line import BrokenError, Line, standing
+from fedray.backends.ray.line import Line, standing
 from fedray.backends.ray.pool import pool_of, stream
 from fedray.backends.ray.resources import Resources, hired, nodes, start_workers
 from fedray.backends.ray.tensors import travel_as_arrays
@@ -27,9 +26,7 @@ from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
 
-logger = logging.getLogger(__name__)
-
-_SMALL = 1 << 23  # bytes of tensors, up to which a broadcast goes over a standing line
+_SMALL = 1 << 24  # bytes of a broadcast to all workers, up to which it goes over a standing line
 _INLINE = 100_000  # bytes, up to which Ray sends an argument along with the call
 _TREE = 1 << 28  # bytes of accumulators, beyond which the workers merge them pair by pair, and the driver gets one
 _LOOK = 5.0  # seconds between two looks at whether nodes have joined
@@ -47,7 +44,6 @@ class RayBackend:
         resources: What the workers reserve.
         execution: How clients are computed.
         actors: Those whom somebody else has `hired` already; None to hire them.
-        fresh: Whether nobody else has had a line to them, which they could still be listening to.
 
     Raises:
         ConfigError: the workers do not fit into the cluster.
@@ -61,7 +57,6 @@ class RayBackend:
         resources: Resources = Resources(),
         execution: Execution = ONE_BY_ONE,
         actors: list[Any] | None = None,
-        fresh: bool = True,
     ) -> None:
         travel_as_arrays()
         carry_users_modules()
@@ -80,7 +75,7 @@ class RayBackend:
         self.clock = Clock()
         self.dropped: list[Failure] = []
         self.line: Line | None = None
-        self._may_have_line = fresh
+        self._may_have_line = True
         self.probe()
 
     def _welcome(self, worker: Any) -> ray.ObjectRef:
@@ -170,8 +165,12 @@ class RayBackend:
         kept: list[tuple[Client, ray.ObjectRef]] = []
         took: dict[Any, tuple[float, float]] = {}
         busy = 0.0
-        done = None if keeps_state else self._over_line(told, broadcast, shares)
-        for share, value, worker in done or self._crew.hand_out(start, shares, collect, limit):
+
+        def call(shares: list[list[Unit]], attempt: int) -> Iterator[Done]:
+            return self._crew.hand_out(start, shares, collect, limit, attempt)
+
+        work = call(shares, 1) if keeps_state else self._work(shares, told, broadcast, call)
+        for share, value, worker in work:
             if isinstance(value, Crash):
                 partials.append(_lost(share, value))
                 continue
@@ -182,7 +181,7 @@ class RayBackend:
             if costs is not None:
                 took[worker] = sum(map(costs.of, share)), sum(partial.took)
                 [speed] = self._speeds.of([worker])
-                for unit, seconds in zip(share, partial.took, strict=False):
+                for unit, seconds in zip(share, partial.took, strict=False) if self._speeds.knows(worker) else ():
                     costs.learn(unit, seconds * speed)
             kept += [pair for pair in zip(members(share), refs[1:], strict=False) if pair[0].slot in partial.keepers]
             if accumulator is None:
@@ -190,7 +189,8 @@ class RayBackend:
                 continue
             with self.clock("merge"):  # as they come: whoever is first does not wait for the others
                 whole = aggregator.merge(whole, accumulator)
-        self._speeds.learn(took)
+        if costs is not None:
+            self._speeds.learn(took)
         with self.clock("merge"):
             for ref in self._merged(sent()[0], waiting) if waiting else ():
                 whole = aggregator.merge(whole, ray.get(ref))
@@ -200,36 +200,48 @@ class RayBackend:
         self.client_states.stage(kept)
         return result, metrics
 
-    def _over_line(self, told: bytes, broadcast: Any, shares: list[list[Unit]]) -> list[Done] | None:
-        """What came of the shares, over the standing line; None if there is none, or no more."""
-        if not self._may_have_line or size_of(broadcast) > _SMALL:
-            return None
+    def _work(
+        self,
+        shares: list[list[Unit]],
+        told: bytes,
+        broadcast: Any,
+        call: Callable[[list[list[Unit]], int], Iterator[Done]],
+    ) -> Iterator[Done]:
+        """Each share with what came of it: over the standing line, or by calls, which bring what a worker died with."""
+        if not self._has_line(broadcast):
+            yield from call(shares, 1)
+            return
+        assert self.line is not None
         with self.clock("broadcast"):
-            if self.line is None and self._crew.whole:
-                self.line = standing(self._crew.up)
-                self._may_have_line = self.line is not None
-            if self.line is None:
-                return None
-            if self.line.workers != list(self._crew):  # nodes have joined
-                self._end_line()
-                return None
-            idle = [list[Unit]()] * (len(self.line.workers) - len(shares))
-            message = ray.cloudpickle.dumps((told, broadcast, [*shares, *idle]))
-        try:
-            answers = self.line.ask(message)
-        except BrokenError as error:
-            logger.warning("a worker died (%s); the round is done again, and from now on by Ray's calls", error)
-            self._crew.deaths += 1
+            common = ray.cloudpickle.dumps((told, broadcast))
+        lost: list[list[Unit]] = []
+        for place, answer in self.line.ask(common, [ray.cloudpickle.dumps(share) for share in shares]):
+            share, worker = shares[place], self.line.workers[place]
+            if answer is None:
+                lost += self._crew.parts_of(share, worker)
+                continue
+            with self.clock("merge"):
+                result = (*ray.cloudpickle.loads(answer), [])
+            yield Done(share, result, worker)
+        if lost:
             self._end_line()
-            return None
-        with self.clock("merge"):
-            results = [(*ray.cloudpickle.loads(answer), []) for answer in answers[: len(shares)]]
-        return [Done(*each) for each in zip(shares, results, self.line.workers, strict=False)]
+            yield from call(lost, 2)
+
+    def _has_line(self, broadcast: Any) -> bool:
+        """Whether there is a standing line to all workers for such a broadcast; it is made at the first chance."""
+        if self.line is not None and self.line.workers != list(self._crew):  # somebody has joined
+            self._end_line()
+        if not self._may_have_line or len(self._crew) * size_of(broadcast) > _SMALL:
+            return False
+        if self.line is None and self._crew.whole:
+            self.line = standing(self._crew.up)
+            self._may_have_line = self.line is not None
+        return self.line is not None
 
     def _end_line(self) -> None:
-        line, self.line, self._may_have_line = self.line, None, False
-        if line is not None:
-            line.close()
+        if self.line is not None:
+            self.line.close()
+            self.line = None
 
     def _merged(self, job: Any, parts: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
         """The parts merged by the workers, pair by pair, to one at most."""

@@ -97,6 +97,7 @@ class Crew:
         shares: Sequence[list[Any]],
         collect: Collect = lambda refs: ray.get(refs[0]),
         limit: float | None = None,
+        attempt: int = 1,
     ) -> Iterator[Done]:
         """Hand the shares out to whoever is free, and yield each with its result as it is done.
 
@@ -108,11 +109,12 @@ class Crew:
             shares: Lists of items.
             collect: The result, from the references.
             limit: Seconds after which an item's worker ends itself, for the message.
+            attempt: Which attempt at these shares this is.
 
         Raises:
             FedrayError: nobody is left to work.
         """
-        queue = deque((share, 1) for share in shares)
+        queue = deque((share, attempt) for share in shares)
         running: dict[ray.ObjectRef, tuple[Any, list[Any], int, list[ray.ObjectRef], float]] = {}
         told = False
         while queue or running:
@@ -133,18 +135,22 @@ class Crew:
                 try:
                     value = collect(refs)
                 except _DEAD as error:
-                    self.deaths += 1
-                    self.expect(actor)
-                    if parts := _parts(share, attempt):
-                        logger.warning(
-                            "a worker died; the %d items that it had in hand are handed out again", len(share)
-                        )
-                        queue.extend((part, attempt + 1) for part in parts)
+                    if again := self.parts_of(share, actor, attempt):
+                        queue.extend((part, attempt + 1) for part in again)
                         continue
                     hung = limit is not None and time.monotonic() - began >= limit
                     did = f"did not end within client_timeout = {limit:g} s" if hung else "took its worker down"
                     value = Crash(f"{did} {attempt} times: {first_line(error)}")
                 yield Done(share, value, actor)
+
+    def parts_of(self, share: list[Any], actor: Any, attempt: int = 1) -> list[list[Any]]:
+        """What to hand out again of a share with which its actor died, who is expected back; nothing after too many."""
+        self.deaths += 1
+        self.expect(actor)
+        parts = _parts(share, attempt)
+        if parts:
+            logger.warning("a worker died; the %d items that it had in hand are handed out again", len(share))
+        return parts
 
 
 def tell_of_quiet() -> None:

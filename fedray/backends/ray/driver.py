@@ -44,10 +44,10 @@ class _Driver:
         self._stop = threading.Event()
 
     def run(
-        self, experiment: Experiment, task: Sent, folder: str, resources: Resources, workers: list[Any], fresh: bool
+        self, experiment: Experiment, task: Sent, folder: str, resources: Resources, workers: list[Any]
     ) -> Iterator[Record | None]:
         experiment = replace(experiment, task=receive(task))
-        backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers, fresh)
+        backend = RayBackend(task, experiment.cohort, resources, experiment.execution, workers)
         meter, deaths = Meter(Path(folder).name), 0
         try:
             for record in train(experiment, Path(folder), backend, self._stop.is_set):
@@ -89,10 +89,10 @@ def drive(
         with hired(fitting, experiment.execution) as workers:  # here, so that they come up beside the driver
             experiment = replace(experiment, task=cast(Task, None))  # it travels by reference; this process lets it go
             began, attempt = newest_round(folder), 1
-            seen, fresh = began or -1, True
+            seen = began or -1
             while True:
                 try:
-                    with closing(_driven(experiment, task, folder, resources, workers, fresh, stop)) as records:
+                    with closing(_driven(experiment, task, folder, resources, workers, stop)) as records:
                         for record in records:
                             if record["round"] > seen + 1:  # the driver before kept some, and died
                                 for earlier in read_metrics(folder / "metrics.jsonl"):
@@ -103,7 +103,7 @@ def drive(
                                 yield record
                     return
                 except (RayActorError, RayTaskError, ObjectLostError) as error:
-                    lost, fresh = _lost(error), False
+                    lost = _lost(error)
                     if lost is None:
                         raise _cause(error) from None
                     reached = newest_round(folder)
@@ -115,13 +115,7 @@ def drive(
 
 
 def _driven(
-    experiment: Experiment,
-    task: Sent,
-    folder: Path,
-    resources: Resources,
-    workers: list[Any],
-    fresh: bool,
-    stop: Stop,
+    experiment: Experiment, task: Sent, folder: Path, resources: Resources, workers: list[Any], stop: Stop
 ) -> Generator[Record]:
     """What one driver actor reports; it is gone when this ends, so that another one can take its place."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -130,7 +124,7 @@ def _driven(
     ahead = 1 if experiment.lockstep else -1  # results that may wait for being taken; -1: any number
     run = driver.run.options(num_returns="streaming", _generator_backpressure_num_objects=ahead)
     try:
-        yield from _follow(run.remote(experiment, task, str(folder), resources, workers, fresh), driver, stop)
+        yield from _follow(run.remote(experiment, task, str(folder), resources, workers), driver, stop)
     finally:
         with suppress(RayError):
             ray.get(driver.stop.remote(), timeout=_STOPS)

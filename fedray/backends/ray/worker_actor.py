@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import torch
 
+from fedray.backends.ray.line import serve
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.backends.worker import Job, Unit, fold, keep_freed_memory, map_items
 from fedray.execution import Execution
@@ -60,14 +61,19 @@ class WorkerActor:
         kept += [None] * (len(states) - len(kept))
         return partial, accumulator, *kept[: len(states)]
 
-    def answer(self, message: bytes, place: int) -> bytes:
-        """`fold` over a standing line (`fedray.backends.ray.line`), for clients that keep no state."""
-        torch.set_num_threads(self._threads)  # of this thread, which is Ray's own
-        job, broadcast, shares = ray.cloudpickle.loads(message)
-        assert self._learner is not None  # the line is to those who are up
-        with self._busy:
-            partial, accumulator, _ = fold(self._learner, self._loaded(job), broadcast, shares[place])
-        return ray.cloudpickle.dumps((partial, accumulator))
+    def join(self, address: str, place: int) -> None:
+        """Be on a standing line (`fedray.backends.ray.line`), too: it asks for what `fold` does without states."""
+        learner = self._learner
+        assert learner is not None  # only those who are up are asked to join
+
+        def answer(common: bytes, own: bytes) -> bytes:
+            torch.set_num_threads(self._threads)  # of this thread
+            job, broadcast = ray.cloudpickle.loads(common)
+            with self._busy:
+                partial, accumulator, _ = fold(learner, self._loaded(job), broadcast, ray.cloudpickle.loads(own))
+            return ray.cloudpickle.dumps((partial, accumulator))
+
+        serve(address, place, answer)
 
     def merge(self, job: bytes, left: Any, right: Any) -> Any:
         """Two accumulators as one."""
