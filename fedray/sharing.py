@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_ROOM = {"datasets": 4, "task": 1, "activations": 1}  # how many of a kind stay: a data set and those that it is made of
+_ROOM = {"datasets": 4, "task": 1, "activations": 1, "statistics": 1}  # how many of a kind stay: a data set and those that it is made of
 
 
 class Shared:
@@ -45,9 +45,9 @@ def once(kind: str, key: Hashable, make: Callable[[], T]) -> T:
     """``make()``, or what it made for the same key in an earlier run with which this one shares.
 
     Args:
-        kind: datasets, task or activations.
+        kind: datasets, task, activations or statistics.
         key: All that the value depends on.
-        make: Makes a value that nobody changes.
+        make: Makes a value that nobody changes, but for filling it further.
     """
     shared = _OPEN.get()
     return make() if shared is None else shared.get(kind, key, make)

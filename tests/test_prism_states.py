@@ -21,6 +21,8 @@ from fedray.experiment import Experiment, plan
 from fedray.learner import Learner
 from fedray.rounds import rounds
 from fedray.runs import resume, run
+from fedray.sweep import sweep
+from fedray.tasks.generation import _statistics
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +152,20 @@ def test_a_forgotten_state_would_be_seen(values, undisturbed, tmp_path):
         checkpoint.write(folder, at, state.state, forgotten, lambda kept: kept, state.progress, 2)
         assert resume(folder, ["rounds=16"]).finished
     assert model(folder) != model(undisturbed)
+
+
+def test_trials_of_a_sweep_take_the_statistics_of_real_pictures_once(values, tmp_path, monkeypatch):
+    taken = []
+
+    def counted(maps: Any, learner: Learner, examples: Any) -> Any:
+        taken.append(len(examples["x"]))
+        return _statistics(maps, learner, examples)
+
+    monkeypatch.setattr("fedray.tasks.generation._statistics", counted)
+    short = {**values, "rounds": 2, "cohort": 5}
+    [_, second] = sweep(short, ["algorithm.mada=hamming,none"], tmp_path / "sweep")
+    assert sum(taken) == 120  # each client's, once
+    alone = run(short, ["algorithm.mada=none"], tmp_path / "alone").folder
+    assert sum(taken) == 240
+    assert second.error == ""
+    assert model(second.trial.folder) == model(alone)

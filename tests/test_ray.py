@@ -4,6 +4,7 @@ import os
 import signal
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,20 @@ def test_over_a_standing_line_and_by_calls_rounds_have_the_same_bytes(monkeypatc
         backend.probe()
         assert is_expected(backend)
         assert backend.line not in (None, first)  # and there is another one once all are up
+
+
+def test_what_a_round_that_failed_left_on_the_line_is_not_met_by_the_next(ray_backends):
+    def merge(left, right):
+        raise RuntimeError("no")
+
+    backend, cohort = ray_backends[2], cohort_of(*range(8))
+    backend.probe()
+    marker = {"path": os.devnull}  # nobody dies
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            backend.map_reduce(die_once, marker, cohort, replace(mean(), merge=merge))
+        assert backend.line is not None
+        assert backend.map_reduce(die_once, marker, cohort, mean()) == ({"id": 3.5}, {"loss": 3.5})
 
 
 def test_scaffold_survives_killed_workers_with_the_same_bytes_and_client_states(ray_backends):

@@ -18,10 +18,11 @@ from fedray.learner import Columns, Learner, LossFunction, Task
 from fedray.models.feature_maps import FeatureMaps
 from fedray.models.pictures import generated, in_range
 from fedray.seeds import seed_for
+from fedray.sharing import once
 from fedray.tasks import holdings
 from fedray.tasks.classification import Partitioner
 from fedray.tasks.judging import Judging
-from fedray.tasks.matching import Matching, Objective, adam, moments
+from fedray.tasks.matching import Kept, Matching, Objective, adam, moments
 from fedray.trees import Tree
 
 ImageGeneratorBuilder = Callable[[tuple[int, ...]], nn.Module]
@@ -90,8 +91,11 @@ class Generation:
         """The loss of one client, against statistics of all its pictures; ``kept`` is what it was when it ended."""
         maps = self.feature_maps.on(learner.device)
         if kept is None:
-            known = _statistics(maps, learner, self.examples(client.id))
-            kept = self.matching.begin(known, seed_for(client.seed, "objective"))
+            # with the task, so that nothing else is at its address for as long as they are kept
+            _, known = once("statistics", (id(self), learner.device), lambda: (self, dict[int, Kept]()))
+            if client.id not in known:
+                known[client.id] = _statistics(maps, learner, self.examples(client.id))
+            kept = self.matching.begin(known[client.id], seed_for(client.seed, "objective"))
         return Objective(maps, {name: tensor.clone() for name, tensor in kept.items()}, self.matching)
 
     def evaluate(self, model: nn.Module, batch: Columns) -> dict[str, Any]:

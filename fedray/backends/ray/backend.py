@@ -229,7 +229,7 @@ class RayBackend:
 
     def _has_line(self, broadcast: Any) -> bool:
         """Whether there is a standing line to all workers for such a broadcast; it is made at the first chance."""
-        if self.line is not None and self.line.workers != list(self._crew):  # somebody has joined
+        if self.line is not None and not (self.line.idle and self.line.workers == list(self._crew)):
             self._end_line()
         if not self._may_have_line or len(self._crew) * size_of(broadcast) > _SMALL:
             return False

@@ -23,13 +23,16 @@ class Line:
     Args:
         workers: Actors whose method ``join(address, place)`` calls `serve`, all of them up and on this node.
 
+    Attributes:
+        idle: Whether all answers to the last question were taken; else the next one would meet them.
+
     Raises:
         OSError: this system has no such sockets.
         RayError: a worker did not join.
     """
 
     def __init__(self, workers: Sequence[Any]) -> None:
-        self.workers = list(workers)
+        self.workers, self.idle = list(workers), True
         with Listener(family="AF_UNIX", backlog=len(self.workers)) as listener:
             ray.get([w.join.remote(listener.address, place) for place, w in enumerate(self.workers)], timeout=_JOIN)
             joined = [listener.accept() for _ in self.workers]  # they wait there already
@@ -42,6 +45,7 @@ class Line:
             common: For all.
             own: For each of the first ones.
         """
+        self.idle = False
         asked = {self._connections[place]: place for place in range(len(own))}
         for connection, place in asked.items():
             with suppress(OSError):  # it died, which shows below
@@ -59,6 +63,7 @@ class Line:
                     yield place, connection.recv_bytes()
                 except (EOFError, OSError):
                     yield place, None
+        self.idle = True
 
     def close(self) -> None:
         """Hang up."""
@@ -71,7 +76,7 @@ def standing(workers: Mapping[Any, Mapping[str, Any]]) -> Line | None:
     node = ray.get_runtime_context().get_node_id()
     if any(place["node"] != node for place in workers.values()):
         return None
-    with suppress(OSError, ray.exceptions.RayError):
+    with suppress(OSError, ValueError, ray.exceptions.RayError):  # a ValueError is Windows'
         return Line(list(workers))
     return None
 
