@@ -8,7 +8,12 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_ROOM = {"datasets": 4, "task": 1, "activations": 1, "statistics": 1}  # how many of a kind stay: a data set and those that it is made of
+_ROOM = {
+    "datasets": 4,
+    "task": 1,
+    "activations": 1,
+    "statistics": 1,
+}  # how many of a kind stay: a data set and those that it is made of
 
 
 class Shared:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedray.backends.worker import Costs, Speeds, balance
+from fedray.backends.worker import Costs, Speeds, balance, learn
 
 DEADLINE = 400  # seconds for all that happens on the cluster
 
@@ -95,6 +95,15 @@ def test_a_worker_that_had_one_bad_moment_is_given_work_again():
     for _ in range(8):  # where it has nothing to do, nothing can be known of it
         speeds.learn({"a": (20.0, 2.0)})
     assert balance(cut, 2, Costs(), speeds.of(["a", "b"])) == [[cut[0]], [cut[1]]]
+
+
+def test_workers_that_are_equal_stay_so_while_the_costs_are_learnt():
+    costs, speeds = Costs(), Speeds()
+    cut = [[client(i)] for i in range(8)]
+    for _ in range(4):
+        shares = balance(cut, 2, costs, speeds.of(["a", "b"]))
+        assert [len(share) for share in shares] == [4, 4]
+        learn(costs, speeds, [(worker, share, [0.1] * 4) for worker, share in zip("ab", shares, strict=True)])
 
 
 def test_speeds_that_differ_no_more_than_equal_machines_do_leave_the_balance_alone():

@@ -267,6 +267,24 @@ class Speeds:
             self._speed[worker] = self._speed[worker] ** (3 / 4) * others ** (1 / 4)
 
 
+def learn(costs: Costs, speeds: Speeds, took: Sequence[tuple[Any, Sequence[Unit], Sequence[float]]]) -> None:
+    """Take note of a round.
+
+    Args:
+        costs: What clients cost.
+        speeds: How fast workers are.
+        took: Workers, their shares, and the seconds of each unit.
+    """
+    # before the costs change, whose unit is another once they are known
+    paces = {worker: (sum(map(costs.of, share)), sum(seconds)) for worker, share, seconds in took}
+    for worker, share, seconds in took:
+        if speeds.knows(worker):  # else it has warmed up
+            [speed] = speeds.of([worker])
+            for unit, each in zip(share, seconds, strict=False):
+                costs.learn(unit, each * speed)
+    speeds.learn(paces)
+
+
 def balance(
     units: Sequence[Unit], num_shares: int, costs: Costs | None = None, speeds: Sequence[float] | None = None
 ) -> list[list[Unit]]:

@@ -18,7 +18,7 @@ from fedray.backends.ray.pool import pool_of, stream
 from fedray.backends.ray.resources import Resources, hired, nodes, start_workers
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.backends.ray.worker_actor import Sent, send
-from fedray.backends.worker import Costs, Failure, Job, Partial, Speeds, Unit, balance, members, reduce, size_of
+from fedray.backends.worker import Costs, Failure, Job, Partial, Speeds, Unit, balance, learn, members, reduce, size_of
 from fedray.client_states import ClientStates
 from fedray.clock import Clock
 from fedray.errors import FedrayError
@@ -158,12 +158,12 @@ class RayBackend:
 
         workers = list(self._crew)  # those who are still to come, too: until they do, the others take their shares
         cut = units(cohort, self._group if grouped else 1, self.client_states.has)
-        costs = self._costs if metered else None
-        shares = [share for share in balance(cut, len(workers), costs, self._speeds.of(workers)) if share]
+        dealt = balance(cut, len(workers), self._costs if metered else None, self._speeds.of(workers))
+        shares = [share for share in dealt if share]
         whole, waiting = aggregator.zero(), list[ray.ObjectRef]()
         partials: list[Partial] = []
         kept: list[tuple[Client, ray.ObjectRef]] = []
-        took: dict[Any, tuple[float, float]] = {}
+        took: list[tuple[Any, Sequence[Unit], Sequence[float]]] = []
         busy = 0.0
 
         def call(shares: list[list[Unit]], attempt: int) -> Iterator[Done]:
@@ -178,19 +178,15 @@ class RayBackend:
             partials.append(partial)
             self.clock.add(partial.seconds)
             busy += sum(partial.seconds.values())
-            if costs is not None:
-                took[worker] = sum(map(costs.of, share)), sum(partial.took)
-                [speed] = self._speeds.of([worker])
-                for unit, seconds in zip(share, partial.took, strict=False) if self._speeds.knows(worker) else ():
-                    costs.learn(unit, seconds * speed)
+            took.append((worker, share, partial.took))
             kept += [pair for pair in zip(members(share), refs[1:], strict=False) if pair[0].slot in partial.keepers]
             if accumulator is None:
                 waiting.append(refs[0])
                 continue
             with self.clock("merge"):  # as they come: whoever is first does not wait for the others
                 whole = aggregator.merge(whole, accumulator)
-        if costs is not None:
-            self._speeds.learn(took)
+        if metered:
+            learn(self._costs, self._speeds, took)
         with self.clock("merge"):
             for ref in self._merged(sent()[0], waiting) if waiting else ():
                 whole = aggregator.merge(whole, ray.get(ref))
