@@ -26,7 +26,7 @@ from fedray.execution import ONE_BY_ONE, Execution
 from fedray.groups import units
 from fedray.learner import Learner, Task
 
-_SMALL = 1 << 24  # bytes of a broadcast to all workers, up to which it goes over a standing line
+_SMALL = 1 << 24  # bytes of a message to all workers, up to which it goes over a standing line
 _INLINE = 100_000  # bytes, up to which Ray sends an argument along with the call
 _TREE = 1 << 28  # bytes of accumulators, beyond which the workers merge them pair by pair, and the driver gets one
 _LOOK = 5.0  # seconds between two looks at whether nodes have joined
@@ -204,15 +204,15 @@ class RayBackend:
         call: Callable[[list[list[Unit]], int], Iterator[Done]],
     ) -> Iterator[Done]:
         """Each share with what came of it: over the standing line, or by calls, which bring what a worker died with."""
-        if not self._has_line(broadcast):
+        line = self._line_for(size_of(broadcast) + len(told))
+        if line is None:
             yield from call(shares, 1)
             return
-        assert self.line is not None
         with self.clock("broadcast"):
             common = ray.cloudpickle.dumps((told, broadcast))
         lost: list[list[Unit]] = []
-        for place, answer in self.line.ask(common, [ray.cloudpickle.dumps(share) for share in shares]):
-            share, worker = shares[place], self.line.workers[place]
+        for place, answer in line.ask(common, [ray.cloudpickle.dumps(share) for share in shares]):
+            share, worker = shares[place], line.workers[place]
             if answer is None:
                 lost += self._crew.parts_of(share, worker)
                 continue
@@ -223,16 +223,16 @@ class RayBackend:
             self._end_line()
             yield from call(lost, 2)
 
-    def _has_line(self, broadcast: Any) -> bool:
-        """Whether there is a standing line to all workers for such a broadcast; it is made at the first chance."""
+    def _line_for(self, size: int) -> Line | None:
+        """The standing line to all workers for a message of so many bytes, if any; it is made at the first chance."""
         if self.line is not None and not (self.line.idle and self.line.workers == list(self._crew)):
             self._end_line()
-        if not self._may_have_line or len(self._crew) * size_of(broadcast) > _SMALL:
-            return False
+        if not self._may_have_line or len(self._crew) * size > _SMALL:
+            return None
         if self.line is None and self._crew.whole:
             self.line = standing(self._crew.up)
             self._may_have_line = self.line is not None
-        return self.line is not None
+        return self.line
 
     def _end_line(self) -> None:
         if self.line is not None:

@@ -76,7 +76,7 @@ def standing(workers: Mapping[Any, Mapping[str, Any]]) -> Line | None:
     node = ray.get_runtime_context().get_node_id()
     if any(place["node"] != node for place in workers.values()):
         return None
-    with suppress(OSError, ValueError, ray.exceptions.RayError):  # a ValueError is Windows'
+    with suppress(OSError, EOFError, ValueError, ray.exceptions.RayError):  # a ValueError is Windows'
         return Line(list(workers))
     return None
 
