@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def test_trials_of_a_sweep_take_the_statistics_of_real_pictures_once(values, tmp
         taken.append(len(examples["x"]))
         return _statistics(maps, learner, examples)
 
-    monkeypatch.setattr("fedray.tasks.generation._statistics", counted)
+    module = import_module("fedray.tasks.generation")  # its dotted name is a function's, too
+    monkeypatch.setattr(module, "_statistics", counted)
     short = {**values, "rounds": 2, "cohort": 5}
     [_, second] = sweep(short, ["algorithm.mada=hamming,none"], tmp_path / "sweep")
     assert sum(taken) == 120  # each client's, once
