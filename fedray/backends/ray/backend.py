@@ -116,6 +116,7 @@ class RayBackend:
         assert isinstance(fitting.num_workers, int)
         for worker in start_workers(fitting.num_workers - len(self._crew), fitting, self._execution):
             self._crew.expect(worker)
+            self._hired.callback(ray.kill, worker)
 
     def map_reduce(
         self,
