@@ -96,7 +96,7 @@ class OnActivations:
 
     def __init__(self, task: "Task", first: nn.Module, rest: Rest, device: torch.device) -> None:
         self._task, self._first, self._rest, self._device = task, first, rest, device
-        self._known = once("activations", (id(task), device), lambda: _Known(task))
+        self._known = once("activations", device, _Known, of=task)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
@@ -134,8 +134,7 @@ class OnActivations:
 class _Known:
     """Activations of a task's examples by whose they are; whoever was met longest ago makes room."""
 
-    def __init__(self, task: "Task") -> None:
-        self.task = task  # so that nothing else is at its address for as long as they are kept
+    def __init__(self) -> None:
         self._columns: OrderedDict[Any, Columns] = OrderedDict()
         self._size = 0
 

@@ -8,12 +8,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_ROOM = {
-    "datasets": 4,
-    "task": 1,
-    "activations": 1,
-    "statistics": 1,
-}  # how many of a kind stay: a data set and those that it is made of
+# how many of a kind stay: of data sets, one and those that it is made of
+_ROOM = {"datasets": 4, "task": 1, "activations": 1, "statistics": 1}
 
 
 class Shared:
@@ -31,28 +27,29 @@ class Shared:
         finally:
             _OPEN.reset(token)
 
-    def get(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+    def get(self, kind: str, key: Hashable, make: Callable[[], T], of: Any) -> T:
         """What was made for the key, or is made now."""
-        kept = self._kept[kind]
+        kept, key = self._kept[kind], (key, id(of))
         if key not in kept:
-            made = make()
-            kept[key] = made
+            kept[key] = make(), of  # with what it is of, so that nothing else is at that address meanwhile
         kept.move_to_end(key)
         while len(kept) > _ROOM[kind]:
             kept.popitem(last=False)
-        return kept[key]
+        made: T = kept[key][0]
+        return made
 
 
 _OPEN: ContextVar[Shared | None] = ContextVar("fedray_shared", default=None)
 
 
-def once(kind: str, key: Hashable, make: Callable[[], T]) -> T:
+def once(kind: str, key: Hashable, make: Callable[[], T], of: Any = None) -> T:
     """``make()``, or what it made for the same key in an earlier run with which this one shares.
 
     Args:
         kind: datasets, task, activations or statistics.
-        key: All that the value depends on.
+        key: All that the value depends on, besides ``of``.
         make: Makes a value that nobody changes, but for filling it further.
+        of: An object that it is made from, and that has no other name.
     """
     shared = _OPEN.get()
-    return make() if shared is None else shared.get(kind, key, make)
+    return make() if shared is None else shared.get(kind, key, make, of)

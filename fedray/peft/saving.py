@@ -18,7 +18,7 @@ from fedray.peft.library import ADAPTER_NAME
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 _PREFIX = "base_model.model."
-_SOFT_PROMPT = {"soft_prompt.embedding.weight": "prompt_embeddings"}  # the parameter, and what peft calls it
+_SOFT_PROMPT, _SAVED_PROMPT = "soft_prompt.embedding.weight", "prompt_embeddings"  # the parameter; what peft calls it
 _HEADS = ("classifier.", "head.")  # as peft saves a head, with modules_to_save
 _OLD = ("attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense")
 
@@ -110,21 +110,21 @@ def _config_of(trunk: nn.Module) -> Any:
 
 
 def _adapter_tensors(trunk: nn.Module) -> dict[str, nn.Parameter]:
-    marks = (".lora_", ".ia3_", *_SOFT_PROMPT)
+    marks = (".lora_", ".ia3_", _SOFT_PROMPT)
     return {name: p for name, p in trunk.named_parameters() if any(mark in name for mark in marks)}
 
 
 def _saved(name: str, inside: str) -> str:
     """The name in peft's files of a live parameter: the adapter's own name is left out."""
-    if name in _SOFT_PROMPT:
-        return _SOFT_PROMPT[name]
+    if name == _SOFT_PROMPT:
+        return _SAVED_PROMPT
     return f"{_PREFIX}{inside}{name.replace(f'.{ADAPTER_NAME}', '')}"
 
 
 def _live(name: str) -> str:
     """The name of the live parameter for a name without the adapter's."""
-    if name in _SOFT_PROMPT.values():
-        return next(iter(_SOFT_PROMPT))
+    if name == _SAVED_PROMPT:
+        return _SOFT_PROMPT
     return name.removesuffix(".weight") + f".{ADAPTER_NAME}.weight" if ".lora_" in name else f"{name}.{ADAPTER_NAME}"
 
 

@@ -91,8 +91,7 @@ class Generation:
         """The loss of one client, against statistics of all its pictures; ``kept`` is what it was when it ended."""
         maps = self.feature_maps.on(learner.device)
         if kept is None:
-            # with the task, so that nothing else is at its address for as long as they are kept
-            _, known = once("statistics", (id(self), learner.device), lambda: (self, dict[int, Kept]()))
+            known = once("statistics", learner.device, dict[int, Kept], of=self)
             if client.id not in known:
                 known[client.id] = _statistics(maps, learner, self.examples(client.id))
             kept = self.matching.begin(known[client.id], seed_for(client.seed, "objective"))
