@@ -143,7 +143,9 @@ def _add(total: Sum | None, terms: Tree, weights: Sequence[float]) -> Sum:
     sorts: tuple[list[Any], ...] = [], [], []  # floating, whole, and plain numbers
     for kind, rows in zip(kinds, leaves, strict=True):
         if _is_tensor(kind):
-            sorts[_is_whole(kind)].append(rows.detach().flatten(1) if rows.dim() > 1 else rows.detach()[:, None])
+            rows, sort = rows.detach(), sorts[_is_whole(kind)]
+            rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+            sort.append(rows.to(sort[0].device) if sort else rows)  # a user's update may lie on a GPU and beside it
         else:
             sorts[2].append(rows)
     if total is None:

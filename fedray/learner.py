@@ -15,6 +15,7 @@ from fedray.execution import ONE_BY_ONE, Execution
 from fedray.frozen import past_frozen
 from fedray.groups import Group, dependence, is_stackable
 from fedray.groups import train as train_group
+from fedray.hardware import device_of
 from fedray.local_training import Gradients, LocalResult, LocalTraining, num_examples, stepper
 from fedray.per_example import GradientsOf, one_by_one, private, together
 from fedray.precision import InBfloat16
@@ -108,7 +109,7 @@ class Learner:
     """
 
     def __init__(self, task: Task, device: str = "auto", execution: Execution = ONE_BY_ONE) -> None:
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = device_of(device)
         self.task, model = past_frozen(task, task.model().to(self.device))
         last = execution.puts_channels_last(model)
         self._exact = self.task

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +13,8 @@ from fedray.backends.ray.environment import prepare
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+if os.environ.get("FEDRAY_TEST_GPU") != "1":  # the same tests on every machine
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 prepare("local")  # before any test imports ray
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)  # the same examples every time
 hypothesis.settings.load_profile("seeded")
@@ -27,10 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A local Ray with more CPUs than there are, and four GPUs that exist for the scheduler only."""
+    """A local Ray with more CPUs than there are; where there are no GPUs, with four for the scheduler only."""
+    import torch
+
     from fedray.backends.ray.cluster import connected
 
-    with connected("local", object_store_gb=0.25, num_cpus=16, num_gpus=4):
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            if not torch.cuda.device_count():
+                patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray would not start with more than it names
+            gpus = torch.cuda.device_count() or 4
+            stack.enter_context(connected("local", object_store_gb=0.25, num_cpus=16, num_gpus=gpus))
         yield
 
 

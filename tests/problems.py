@@ -87,7 +87,7 @@ class Problem:
     def prepare(self, examples: Columns, generator: torch.Generator | None) -> Columns:
         if generator is None or not self.noise:
             return examples
-        jitter = torch.randn(examples["x"].shape, generator=generator)
+        jitter = torch.randn(examples["x"].shape, generator=generator).to(examples["x"].device)
         return {**examples, "x": examples["x"] + self.noise * jitter}
 
     def loss(self, model: nn.Module, batch: Columns) -> torch.Tensor:

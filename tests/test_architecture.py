@@ -116,6 +116,7 @@ ONLY_FROM = {
         "fedray.algorithm",
         "fedray.data",
         "fedray.errors",
+        "fedray.hardware",
         "fedray.learner",
         "fedray.local_training",
         "fedray.seeds",

@@ -200,7 +200,7 @@ def test_evaluation_in_shards_is_evaluation_of_the_whole(
     params = Learner(task, "cpu").params()
     whole = Learner(task, "cpu").test(params)
     monkeypatch.setattr("fedray.evaluation.SHARD", 3)
-    shards = [evaluate(task, params, MeteredBackend(SerialBackend(task, n), Ledger()))[0] for n in (1, 2, 7, 9)]
+    shards = [evaluate(task, params, MeteredBackend(SerialBackend(task, n, "cpu"), Ledger()))[0] for n in (1, 2, 7, 9)]
     assert all(shard == shards[0] for shard in shards)
     assert shards[0] == pytest.approx(whole, rel=1e-6)
 

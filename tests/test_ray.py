@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -294,6 +295,27 @@ def write_into_the_broadcast(learner, broadcast, client):
 def test_writing_into_the_shared_broadcast_is_caught(ray_backends):
     with pytest.raises(ClientError, match="client 0 wrote into the broadcast"):
         ray_backends[1].map_reduce(write_into_the_broadcast, {"w": torch.zeros(3)}, cohort_of(0), mean())
+
+
+def test_modules_that_nobody_installed_travel_by_value_and_those_of_any_folder_of_pip_do_not(tmp_path, monkeypatch):
+    import ray
+
+    from fedray.backends.ray.cluster import carry_users_modules
+
+    for folder in ("mine", "pips"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}_only.py").write_text("def answer():\n    return 42\n")
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    (tmp_path / "pips" / "pips_only-1.0.dist-info").mkdir()
+    mine, pips = (__import__(name) for name in ("mine_only", "pips_only"))
+    carry_users_modules()
+    sent = ray.cloudpickle.dumps(mine.answer), ray.cloudpickle.dumps(pips.answer)
+    for name in ("mine_only", "pips_only"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not entry.startswith(str(tmp_path))])
+    assert ray.cloudpickle.loads(sent[0])() == 42
+    with pytest.raises(ModuleNotFoundError, match="pips_only"):
+        ray.cloudpickle.loads(sent[1])
 
 
 def test_map_keeps_the_order_of_its_items(ray_backends):

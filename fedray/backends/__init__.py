@@ -53,13 +53,10 @@ def in_process(
         yield from train(experiment, folder, backend, stop)
 
     def stream(make: Make, items: Sequence[Any], pool: Pool | None) -> Iterator[tuple[int, Any]]:
-        import torch
-
         from fedray.backends.serial import in_turn
+        from fedray.hardware import device_of
 
-        yield from in_turn(
-            make, items, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
+        yield from in_turn(make, items, str(device_of(device)))
 
     return Launcher(launch, stream)
 

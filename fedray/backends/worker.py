@@ -304,8 +304,9 @@ def balance(
 def map_items(learner: Learner, fn: Callable[[Learner, Any], Any], items: Sequence[Any]) -> list[Any]:
     """``[fn(learner, item) for item in items]`` without touching the caller's random generator."""
     with torch.random.fork_rng():
-        results = [fn(learner, item) for item in items]
-    return results if learner.device == _CPU else _to(results, _CPU)  # as from a worker elsewhere
+        if learner.device == _CPU:
+            return [fn(learner, item) for item in items]
+        return [_to(fn(learner, _to(item, learner.device)), _CPU) for item in items]
 
 
 _CPU = torch.device("cpu")

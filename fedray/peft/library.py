@@ -22,6 +22,7 @@ _ATTENTION = (
 _IA3 = (
     ("k_proj", "v_proj", "fc2"),
     ("k_proj", "v_proj", "down_proj"),
+    ("key", "value", "fc2"),
     ("c_attn", "mlp.c_proj"),
 )
 

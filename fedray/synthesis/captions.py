@@ -61,7 +61,9 @@ def captioning(data: Dataset, rows: np.ndarray, /, path: str, max_tokens: int = 
         model: Any = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be loaded as a captioning model: {' '.join(str(error).split())}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from fedray.hardware import device_of
+
+    device = device_of("auto")
     model.to(device)
     captions: list[str] = []
     for start in range(0, len(rows), batch_size):

@@ -174,7 +174,9 @@ def _writer(path: str, max_tokens: int, temperature: float) -> Callable[[str, in
         model = kind.from_pretrained(path, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be loaded as a language model: {' '.join(str(error).split())}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from fedray.hardware import device_of
+
+    device = device_of("auto")
     model.to(device)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 

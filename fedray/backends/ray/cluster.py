@@ -53,7 +53,8 @@ def connected(
 
 def carry_users_modules() -> None:
     """Let modules that nobody installed (a script's neighbours) travel by value: workers need no copy of the files."""
-    installed = {Path(path).resolve() for path in (*sysconfig.get_paths().values(), *fedray.__path__)}
+    targets = [path for path in sys.path if any(Path(path).glob("*.dist-info"))]  # of pip install --target, for example
+    installed = {Path(path).resolve() for path in (*sysconfig.get_paths().values(), *targets, *fedray.__path__)}
     for module in list(sys.modules.values()):
         file = str(getattr(module, "__file__", None) or "")
         if file and module.__name__ != "__main__" and installed.isdisjoint(Path(file).resolve().parents):

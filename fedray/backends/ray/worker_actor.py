@@ -13,6 +13,7 @@ from fedray.backends.ray.line import serve
 from fedray.backends.ray.tensors import travel_as_arrays
 from fedray.backends.worker import Job, Unit, fold, keep_freed_memory, map_items
 from fedray.execution import Execution
+from fedray.hardware import device_of
 from fedray.learner import Learner, Task
 from fedray.models import hugging_face
 
@@ -88,8 +89,7 @@ class WorkerActor:
         """What the function that was made returns for an item; it is made at the first call, and stays."""
         if self._made is None or self._made[0] != made[0]:
             self._made = None  # one heavy thing at a time
-            device = ("cuda" if torch.cuda.is_available() else "cpu") if self._device == "auto" else self._device
-            self._made = made[0], ray.cloudpickle.loads(made[1])(device)
+            self._made = made[0], ray.cloudpickle.loads(made[1])(str(device_of(self._device)))
         with torch.random.fork_rng():
             return self._made[1](item)
 
