@@ -148,7 +148,7 @@ def test_another_network_may_compare_than_the_one_that_is_matched(task, tmp_path
         torchscript((1, 8, 8), str(tmp_path / "nothing.pt"))
     (tmp_path / "text.pt").write_text("no network")
     with pytest.raises(DataError, match=r"is no network that torch.jit has saved"):
-        torchscript((1, 8, 8), str(tmp_path / "text.pt")).on(torch.device("cpu"))
+        torchscript((1, 8, 8), str(tmp_path / "text.pt"))
 
 
 def test_neighbours_are_left_out_on_demand_and_where_there_are_none(task):

@@ -219,6 +219,7 @@ def suffer(name: str, scenario: Scenario, seed: int, scratch: Path) -> dict[str,
     chance = random.Random(f"{seed} {name}")
     folder = scratch / name
     folder.mkdir()
+    os.environ.pop("FEDRAY_CHAOS", None)  # of the scenario before
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
     expected = undisturbed(scenario.options, scratch, environment)
     environment |= {"FEDRAY_CHAOS": str(folder), "FEDRAY_CHAOS_SEED": str(seed)}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from fedray.errors import DataError
 from fedray.learner import Learner
-from fedray.models import hugging_face
+from fedray.models import hugging_face, scripted
 from fedray.trees import Params
 
 logger = logging.getLogger(__name__)
@@ -152,13 +152,7 @@ def torchscript(path: str, size: int | None = None) -> Extractor:
 
 def _scripted(path: str) -> tuple[Any, str]:
     """A network of torch.jit, and a hash of its file."""
-    try:
-        content = Path(path).expanduser().read_bytes()
-        return torch.jit.load(str(Path(path).expanduser()), map_location="cpu").eval(), hashlib.sha256(
-            content
-        ).hexdigest()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{path} cannot be loaded by torch.jit ({' '.join(str(error).split())[:200]})") from error
+    return scripted.load(path), hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
 def representations(learner: Learner, params: Params, name: str) -> Extractor:

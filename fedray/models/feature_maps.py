@@ -17,7 +17,7 @@ from torch import nn
 
 from fedray.data.dataset import Dataset
 from fedray.errors import DataError
-from fedray.models import hugging_face
+from fedray.models import hugging_face, scripted
 from fedray.models.pictures import in_range
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its colours, in 0..1
@@ -255,19 +255,14 @@ def torchscript(shape: tuple[int, ...], /, path: str, size: int | None = None) -
         path: The file.
         size: Height and width that pictures are resized to; None to leave them.
     """
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist; give a network that was saved by torch.jit.save")
+    scripted.load(path)  # a file that is none says so now
     return FeatureMaps(Path(path).stem, lambda: _Scripted(path, size))
 
 
 class _Scripted(nn.Module):
     def __init__(self, path: str, size: int | None) -> None:
         super().__init__()
-        self.size = size
-        try:
-            self.network = torch.jit.load(path, map_location="cpu").eval()
-        except RuntimeError as error:
-            raise DataError(f"{path} is no network that torch.jit has saved ({str(error).splitlines()[0]})") from error
+        self.size, self.network = size, scripted.load(path)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = (x.expand(-1, 3, -1, -1) + 1) * 127.5

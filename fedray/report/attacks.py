@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedray.report import figures
-from fedray.report.page import _legend, _page, _section, _table, _text
+from fedray.report.markup import legend, page, section, table, text
 
 if TYPE_CHECKING:
     from fedray.metrics.membership import Attack
@@ -27,9 +27,9 @@ def membership_page(attack: "Attack", about: Mapping[str, Any], out: Path) -> No
     curve = figures.roc_svg(np.array(attack.fpr), np.array(attack.tpr))
     settings = [["setting", "value"], *([name.replace("_", " "), str(value)] for name, value in about.items())]
     note = "An attack is read at the left: it is bad if few members are recognised with certainty. Dashed: chance."
-    body = f'<div class="pair"><figure>{curve}</figure>{_table(rows)}</div>'
-    sections = [_section("Members recognised", body, note), _section("How", _table(settings))]
-    out.write_text(_page(f"Membership: {out.resolve().parent.name}", "LiRA (Carlini et al., 2022)", sections))
+    body = f'<div class="pair"><figure>{curve}</figure>{table(rows)}</div>'
+    sections = [section("Members recognised", body, note), section("How", table(settings))]
+    out.write_text(page(f"Membership: {out.resolve().parent.name}", "LiRA (Carlini et al., 2022)", sections))
 
 
 def neighbours_page(
@@ -43,17 +43,17 @@ def neighbours_page(
         closer: The share of synthetic ones that are nearer than 99 % of the test pictures.
         out: The file.
     """
-    drawn = _legend(list(distances)) + f"<figure>{figures.histograms_svg(distances, 'distance')}</figure>"
+    drawn = legend(list(distances)) + f"<figure>{figures.histograms_svg(distances, 'distance')}</figure>"
     words = f"{closer:.2%} of the synthetic pictures are nearer to a private one than 99 % of the test pictures are."
-    sections = [_section("Distances to the nearest private picture", drawn, f"{words} By chance it were 1 %.")]
+    sections = [section("Distances to the nearest private picture", drawn, f"{words} By chance it were 1 %.")]
     for kind, found in pairs.items():
         cells = "".join(
-            f"<figure>{_picture(one)} {_picture(other)}<figcaption>{_text(what)}</figcaption></figure>"
+            f"<figure>{_picture(one)} {_picture(other)}<figcaption>{text(what)}</figcaption></figure>"
             for one, other, what in found
         )
         title = f"The nearest: {kind} at the left, private at the right"
-        sections.append(_section(title, f'<div class="grid small">{cells}</div>'))
-    out.write_text(_page(f"Copies: {out.resolve().parent.name}", "nearest neighbours", sections))
+        sections.append(section(title, f'<div class="grid small">{cells}</div>'))
+    out.write_text(page(f"Copies: {out.resolve().parent.name}", "nearest neighbours", sections))
 
 
 def _picture(pixels: np.ndarray) -> str:

@@ -1,12 +1,10 @@
 """The report: one HTML page that needs nothing but itself, for one run or for several beside each other."""
 
 import base64
-import html
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from fedray.report.compare import (
     AXES,
     Curve,
     Group,
-    Rows,
     best_accuracy,
     best_distance,
     curve,
@@ -32,6 +29,7 @@ from fedray.report.compare import (
     target_rows,
     total_seconds,
 )
+from fedray.report.markup import legend, page, section, table, text
 from fedray.report.read import RunRecord, flat, read_run, scalars
 
 _MAX_MULTIPLES = 36  # small pictures of what the algorithm reported
@@ -55,11 +53,11 @@ def write_report(folders: Sequence[Path | str], out: Path | str, targets: Sequen
     if not folders:
         raise DataError("a report needs at least one run folder; name the folders that `fedray run` has written")
     runs = [read_run(folder) for folder in folders]
-    page = _one(runs[0]) if len(runs) == 1 else _several(runs, targets)
+    written = _one(runs[0]) if len(runs) == 1 else _several(runs, targets)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
-    aside.write_text(page, encoding="utf-8")
+    aside.write_text(written, encoding="utf-8")
     aside.replace(out)
     return out
 
@@ -71,16 +69,16 @@ def _one(run: RunRecord) -> str:
     sections = [
         _headline(run),
         _notes(run),
-        _section("Curves", "".join(rows)),
-        _section("Classes", _classes(run)),
-        _section("Generated pictures", _pictures(run), _compared(run)),
-        _section("Who held what", _partition(run)),
-        _section("Where the time went", _phases(run)),
-        _section("What the workers did", _profile(run), _IDLE),
+        section("Curves", "".join(rows)),
+        section("Classes", _classes(run)),
+        section("Generated pictures", _pictures(run), _compared(run)),
+        section("Who held what", _partition(run)),
+        section("Where the time went", _phases(run)),
+        section("What the workers did", _profile(run), _IDLE),
         _multiples([group], _TOLD | {"macro_f1"}),
-        _section("Configuration", _settings(run)),
+        section("Configuration", _settings(run)),
     ]
-    return _page(run.name, _subtitle(run), sections)
+    return page(run.name, _subtitle(run), sections)
 
 
 def _several(runs: Sequence[RunRecord], targets: Sequence[float] | None) -> str:
@@ -96,21 +94,21 @@ def _several(runs: Sequence[RunRecord], targets: Sequence[float] | None) -> str:
     band = " Several seeds of one configuration are one line, their mean, in a band from the lowest to the highest."
     partitions = {_partition(group.runs[0]): group.label for group in reversed(groups)}
     sections = [
-        _section("Results", _table(summary_rows(groups)), seeds),
-        _section(
+        section("Results", table(summary_rows(groups)), seeds),
+        section(
             "Cost of a target",
-            _table(target_rows(groups, targets)) if targets else "",
+            table(target_rows(groups, targets)) if targets else "",
             "When the test accuracy first reached the target; megabytes are those up and down together.",
         ),
         "".join(_notes(run, run.name) for run in members),
-        _section("Curves", "".join(rows) and _legend(labels) + "".join(rows), band.strip() if seeds else ""),
-        _section("What the configurations differ in", _table(difference_rows(groups))),
-        _section("Generated pictures", _newest_pictures(members)),
+        section("Curves", "".join(rows) and legend(labels) + "".join(rows), band.strip() if seeds else ""),
+        section("What the configurations differ in", table(difference_rows(groups))),
+        section("Generated pictures", _newest_pictures(members)),
         _multiples(groups, _TOLD),
-        *(_section(f"Who held what: {label}", picture) for picture, label in reversed(partitions.items()) if picture),
-        _section("Configurations", "".join(_settings(run, f" of {run.name}") for run in members)),
+        *(section(f"Who held what: {label}", picture) for picture, label in reversed(partitions.items()) if picture),
+        section("Configurations", "".join(_settings(run, f" of {run.name}") for run in members)),
     ]
-    return _page(f"{len(runs)} runs beside each other", ", ".join(labels), sections)
+    return page(f"{len(runs)} runs beside each other", ", ".join(labels), sections)
 
 
 def _headline(run: RunRecord) -> str:
@@ -138,7 +136,7 @@ def _headline(run: RunRecord) -> str:
     if seconds and done:
         cards.append(("seconds", quantity(seconds), f"{quantity(seconds / done)} a round"))
     items = (
-        f'<div class="card"><dt>{_text(name)}</dt><dd>{_text(value)}</dd><p>{_text(note)}</p></div>'
+        f'<div class="card"><dt>{text(name)}</dt><dd>{text(value)}</dd><p>{text(note)}</p></div>'
         for name, value, note in cards
     )
     return f'<dl class="cards">{"".join(items)}</dl>' if cards else ""
@@ -163,29 +161,19 @@ def _notes(run: RunRecord, name: str = "This run") -> str:
     failed = sum(scalars(record).get("clients_failed", 0.0) for record in run.metrics)
     if failed:
         notes.append(f"lost {failed:.0f} client updates to failures.")
-    return "".join(f'<p class="note">{_text(name)} {_text(note)}</p>' for note in notes)
+    return "".join(f'<p class="note">{text(name)} {text(note)}</p>' for note in notes)
 
 
-def _row(title: str, lines: Sequence[tuple[str, Curve]], legend: bool = False) -> str:
+def _row(title: str, lines: Sequence[tuple[str, Curve]], told: bool = False) -> str:
     """One number against rounds, megabytes and seconds; a line keeps its style when another one has no points."""
     kept = [(style, label, line) for style, (label, line) in enumerate(lines) if len(line.y)]
     drawn, styles = [line for _, _, line in kept], [style for style, _, _ in kept]
     axes = [axis for axis in AXES if any(line.x[axis].max() > 0 for line in drawn)] or (["rounds"] if drawn else [])
-    if len(kept) == 1 and legend:
+    if len(kept) == 1 and told:
         title = kept[0][1]
     pictures = "".join(f"<figure>{figures.curves_svg(drawn, axis, title, styles)}</figure>" for axis in axes)
-    names = _legend([label for label, _ in lines]) if legend and len(kept) > 1 else ""
+    names = legend([label for label, _ in lines]) if told and len(kept) > 1 else ""
     return f'{names}<div class="grid">{pictures}</div>' if pictures else ""
-
-
-def _legend(labels: Sequence[str]) -> str:
-    items = []
-    for index, label in enumerate(labels):
-        colour, (_, dashes) = figures.line_style(index)
-        dash = f' stroke-dasharray="{" ".join(f"{2 * part:g}" for part in dashes)}"' if dashes else ""
-        line = f'<svg viewBox="0 0 28 8"><path d="M1 4H27" stroke="{colour}" stroke-width="3"{dash}/></svg>'
-        items.append(f"<li>{line}{_text(label)}</li>")
-    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _multiples(groups: Sequence[Group], told: set[str]) -> str:
@@ -208,7 +196,7 @@ def _multiples(groups: Sequence[Group], told: set[str]) -> str:
             pictures.append(f"<figure>{svg}</figure>")
     body = f'<div class="grid small">{"".join(pictures)}</div>' if pictures else ""
     never = f"The same in every round: {', '.join(constant)}." if constant else ""
-    return _section("What else was measured", body or " " * bool(never), never)
+    return section("What else was measured", body or " " * bool(never), never)
 
 
 def _classes(run: RunRecord) -> str:
@@ -227,7 +215,7 @@ def _classes(run: RunRecord) -> str:
     means = (f"{column.mean():.3f}" for column in (precision, recall, f1))
     rows.append(["mean over classes", *means, f"{support.sum():,}"])
     picture = f"<figure>{figures.confusion_svg(confusion, classes)}</figure>"
-    return f'<div class="pair"><div class="tall">{_table(rows)}</div>{picture}</div>'
+    return f'<div class="pair"><div class="tall">{table(rows)}</div>{picture}</div>'
 
 
 def _pictures(run: RunRecord) -> str:
@@ -247,7 +235,7 @@ def _newest_pictures(runs: Sequence[RunRecord]) -> str:
 def _sheets(sheets: Sequence[tuple[str, bytes]]) -> str:
     pictures = "".join(
         f'<figure><img alt="generated pictures" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        f"<figcaption>{text(caption)}</figcaption></figure>"
         for caption, content in sheets
     )
     return f'<div class="grid small">{pictures}</div>' if pictures else ""
@@ -272,7 +260,7 @@ def _phases(run: RunRecord) -> str:
     if not whole:
         return ""
     rows = (
-        f'<tr><td>{_text(name)}</td><td>{quantity(value)} s</td><td>{value / whole:.1%}</td><td class="bar">'
+        f'<tr><td>{text(name)}</td><td>{quantity(value)} s</td><td>{value / whole:.1%}</td><td class="bar">'
         f'<span style="width:{value / whole:.2%}"></span></td></tr>'
         for name, value in sorted(total.items(), key=lambda item: -item[1])
     )
@@ -304,8 +292,8 @@ def _settings(run: RunRecord, of: str = "") -> str:
     if run.environment:
         blocks["environment"] = json.dumps(run.environment, indent=2, ensure_ascii=False)
     return "".join(
-        f"<details><summary>{_text(name.capitalize() + of)}</summary><pre>{_text(text)}</pre></details>"
-        for name, text in blocks.items()
+        f"<details><summary>{text(name.capitalize() + of)}</summary><pre>{text(words)}</pre></details>"
+        for name, words in blocks.items()
     )
 
 
@@ -315,42 +303,5 @@ def _subtitle(run: RunRecord) -> str:
     return ", ".join([*map(str, told), f"seed {options['seed']}"] if "seed" in options else map(str, told))
 
 
-def _section(title: str, body: str, note: str = "") -> str:
-    words = f'<p class="words">{_text(note)}</p>' if note else ""
-    return f"<section><h2>{_text(title)}</h2>{words}{body}</section>" if body else ""
-
-
-def _table(rows: Rows) -> str:
-    """The table; nothing if there are no rows under the header."""
-    if len(rows) < 2:
-        return ""
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in rows[0])
-    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _title(key: str) -> str:
     return key.replace("_", " ").replace("/", ", ").replace(" f1", " F1")
-
-
-def _text(value: str) -> str:
-    return html.escape(value)
-
-
-def _page(title: str, subtitle: str, sections: Sequence[str]) -> str:
-    css = resources.files("fedray.report").joinpath("page.css").read_text(encoding="utf-8")
-    body = "\n".join(section for section in sections if section)
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{_text(title)} – fedray</title>
-<style>
-{css}</style>
-<main>
-<header><h1>{_text(title)}</h1><p>{_text(subtitle)}</p></header>
-{body}
-</main>
-</html>
-"""

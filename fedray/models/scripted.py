@@ -1,0 +1,23 @@
+"""Networks that were saved by torch.jit, such as FID's own Inception-v3."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedray.errors import DataError
+
+
+def load(path: str) -> nn.Module:
+    """A network from its file, in evaluation mode.
+
+    Raises:
+        DataError: there is no such file, or it holds no network.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"{path} does not exist; give a network that was saved by torch.jit.save")
+    try:
+        return torch.jit.load(str(file), map_location="cpu").eval()
+    except RuntimeError as error:
+        raise DataError(f"{path} is no network that torch.jit has saved ({str(error).splitlines()[0]})") from error
