@@ -89,6 +89,7 @@ def lose_a_node_while_client_3_is_there():
 
 
 if __name__ == "__main__":  # doctest imports every module
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray would not start with more GPUs than it names
     seen = {}
     cluster = Cluster(
         initialize_head=True,
