@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -42,12 +41,3 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             gpus = torch.cuda.device_count() or 4
             stack.enter_context(connected("local", object_store_gb=0.25, num_cpus=16, num_gpus=gpus))
         yield
-
-
-@pytest.fixture
-def assets() -> Path:
-    """The folder of real data and models that ``FEDRAY_ASSETS`` names."""
-    folder = os.environ.get("FEDRAY_ASSETS")
-    if not folder:
-        pytest.skip("FEDRAY_ASSETS is not set; it names a folder with cifar10/, fsdd/ and emoji64.npz")
-    return Path(folder)

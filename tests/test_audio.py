@@ -1,10 +1,9 @@
 """Sounds: the spectrogram, FedAudio's network, and generators of speech."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
+from needs import needs_espeak
 from tiny_models import drawn
 
 from fedray.data.media import read_sound
@@ -14,8 +13,6 @@ from fedray.synthesis.diffusion_models import sound_diffusion
 from fedray.synthesis.prompts import template
 from fedray.synthesis.requests import of_classes
 from fedray.synthesis.spoken import espeak, hibari, speech
-
-needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
 
 
 @pytest.mark.parametrize(("classes", "count"), [(50, 286_834), (36, 285_028)])

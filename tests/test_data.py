@@ -2,7 +2,6 @@
 
 import gzip
 import importlib
-import os
 import pickle
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import asset
 
 from fedray.data import DATASETS, Dataset
 from fedray.data.dataset import make_dataset, moments, split_by_class, tidy_inputs
@@ -17,13 +17,6 @@ from fedray.data.datasets import digits, fashion_mnist, mnist, npz, public_split
 from fedray.errors import DataError
 
 RNG = np.random.default_rng(0)
-
-
-def assets(name: str) -> str:
-    folder = os.environ.get("FEDRAY_ASSETS")
-    if folder is None or not (Path(folder) / name).exists():
-        pytest.skip(f"needs {name}: set FEDRAY_ASSETS to the folder that has it")
-    return str(Path(folder) / name)
 
 
 # --- the value
@@ -348,7 +341,7 @@ def test_every_registered_function_documents_each_option():
 
 
 def test_emoji_from_an_npz():
-    data = npz(assets("emoji64.npz"), label="group", classes="groups", split_by="code")
+    data = npz(asset("emoji64.npz"), label="group", classes="groups", split_by="code")
     assert len(data.train["y"]) + len(data.test["y"]) == 7074
     assert data.input_shape == (3, 64, 64)
     assert "flags" in data.classes

@@ -1,11 +1,11 @@
 """How clients are computed: compiled steps, memory formats, and what is refused."""
 
 import copy
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from needs import needs_compiler
 from problems import PROBLEMS, Exam, assert_same_bits, train
 from torch import nn
 
@@ -22,9 +22,6 @@ from fedray.models.classifier import Classifier
 from fedray.trees import flatten
 
 COMPILED = Execution(group=1, compile=True)
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler, and there is none"
-)
 
 
 @needs_compiler

@@ -4,12 +4,12 @@
 """
 
 import functools
-import shutil
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_compiler
 from problems import (
     BASIC,
     EXAMS,
@@ -76,10 +76,8 @@ def test_workers_that_share_a_gpu_give_the_bytes_of_one_process(exam: Exam, ray_
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_compiler)])
 def test_every_way_to_compute_comes_to_about_the_same(precision: str, compile: bool):
-    if compile and not shutil.which("cc"):
-        pytest.skip("compiling needs a C compiler")
     exam = Exam("fedavg", "blobs")
     backend = SerialBackend(exam.task(), execution=Execution(1, compile=compile, precision=precision))  # type: ignore[arg-type]
     for here, there in zip(train(exam.task(), exam.make(), backend), reference(exam)[0], strict=True):

@@ -6,18 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import asset
 
 from fedray.data.hub import cifar10, hub
 from fedray.errors import DataError
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported, which is inside the loaders
-
-
-def assets(name: str) -> str:
-    folder = os.environ.get("FEDRAY_ASSETS")
-    if folder is None or not (Path(folder) / name).exists():
-        pytest.skip(f"needs {name}: set FEDRAY_ASSETS to the folder that has it")
-    return str(Path(folder) / name)
 
 
 @pytest.fixture
@@ -197,7 +191,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 
 def test_cifar10_from_a_local_folder():
-    data = cifar10(assets("cifar10"))
+    data = cifar10(asset("cifar10"))
     assert data.train["x"].shape == (50_000, 3, 32, 32)
     assert data.test["x"].shape == (10_000, 3, 32, 32)
     assert np.bincount(data.train["y"]).tolist() == [5000] * 10
@@ -205,7 +199,7 @@ def test_cifar10_from_a_local_folder():
 
 
 def test_fsdd_from_a_local_folder():
-    data = hub(assets("fsdd"), seconds=0.5)
+    data = hub(asset("fsdd"), seconds=0.5)
     assert data.train["x"].shape == (2700, 4000)
     assert len(set(data.train["speaker"])) == 6
     assert data.classes[7] == "seven"

@@ -1,10 +1,10 @@
 """The papers' own configurations, on tiny models of the same classes."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import needs_espeak
 from tiny_models import language_model, stable_diffusion
 
 from fedray import config
@@ -129,7 +129,7 @@ def test_accuracy_is_told_by_domain(tmp_path):
         run({**values, "task": {**task, "domains": "style"}}, [], tmp_path / "other")
 
 
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
+@needs_espeak
 def test_the_experiment_of_spoken_digits_runs_on_sounds(tmp_path):
     draw = np.random.default_rng(0)
     sounds = draw.normal(size=(60, 4000)).astype(np.float32)

@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from needs import asset
 from safetensors.torch import load_file, save_file
 from serial_runs import measured, without_page
 
@@ -352,10 +353,10 @@ def test_without_transformers_a_message_says_what_to_install(monkeypatch, folder
         pretrained(pictures(), path=str(folder))
 
 
-def test_a_real_model_is_what_transformers_makes_of_it(assets):
+def test_a_real_model_is_what_transformers_makes_of_it():
     from transformers import AutoModel
 
-    path, data = str(assets / "dinov2-small"), pictures((3, 28, 28))
+    path, data = asset("dinov2-small"), pictures((3, 28, 28))
     plain = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
     model = pretrained(data, path=path, method=METHODS["lora"], image_size=28).eval()
     assert model.head.in_features == 384

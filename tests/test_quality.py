@@ -1,7 +1,6 @@
 """Quality of synthetic pictures: laws of the distances, the extractors and their cache, and the command."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from needs import asset
 from scipy import linalg
 
 from fedray.cli import main
@@ -327,10 +327,7 @@ def test_sets_that_do_not_fit_the_data_say_so(sets, tmp_path):
 
 
 def test_a_real_transformer_tells_digits_from_noise():
-    folder = os.environ.get("FEDRAY_ASSETS")
-    if folder is None or not (Path(folder) / "dinov2-small").exists():
-        pytest.skip("needs dinov2-small: set FEDRAY_ASSETS to the folder that has it")
-    extract = transformer(str(Path(folder) / "dinov2-small"), layer=4, size=28)
+    extract = transformer(asset("dinov2-small"), layer=4, size=28)
     one, other = digits().test["x"][:40], digits().train["x"][:40]
     noise = DRAW.integers(0, 256, one.shape).astype(np.uint8)
     features = [extract(x) for x in (one, other, noise)]

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims (default: 0)")
     parser.add_argument("--out", type=Path, help="where to write the table as JSON")
     options = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])  # of all that is started
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.scenarios:
@@ -219,18 +221,15 @@ def suffer(name: str, scenario: Scenario, seed: int, scratch: Path) -> dict[str,
     chance = random.Random(f"{seed} {name}")
     folder = scratch / name
     folder.mkdir()
-    os.environ.pop("FEDRAY_CHAOS", None)  # of the scenario before
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    expected = undisturbed(scenario.options, scratch, environment)
-    environment |= {"FEDRAY_CHAOS": str(folder), "FEDRAY_CHAOS_SEED": str(seed)}
-    os.environ |= environment  # the nodes' processes read it, too
-    with disk(folder, scenario.small_disk), (scratch / f"{name}.log").open("w+") as log:
+    expected = undisturbed(scenario.options, scratch)
+    chaos = patch.dict(os.environ, FEDRAY_CHAOS=str(folder), FEDRAY_CHAOS_SEED=str(seed))  # the nodes read it, too
+    with chaos, disk(folder, scenario.small_disk), (scratch / f"{name}.log").open("w+") as log:
         stage = Stage(None, chance, None, folder / "run")
         start_nodes(stage)
 
         def begin(*arguments: str) -> None:
             command = [sys.executable, "-m", "fedray", *arguments, f"backend.address={stage.cluster.address}"]
-            stage.run = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+            stage.run = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
 
         begin("run", *scenario.options, "backend.placement=spread", "--out", str(stage.folder))
         injected = resumed = 0
@@ -262,13 +261,13 @@ def suffer(name: str, scenario: Scenario, seed: int, scratch: Path) -> dict[str,
     return {"scenario": name, "what": scenario.what, "seed": seed, **counts, "equal": equal}
 
 
-def undisturbed(options: list[str], scratch: Path, environment: dict[str, str]) -> bytes:
+def undisturbed(options: list[str], scratch: Path) -> bytes:
     """The model of the same run in one process, where nothing happens."""
     folder = scratch / re.sub(r"\W+", "_", " ".join(options))[-100:]
     if not folder.exists():
         own = [option for option in options if not option.startswith("backend")]
         command = [sys.executable, "-m", "fedray", "run", *own, "backend={name: serial}", "--out", str(folder)]
-        subprocess.run(command, env=environment, cwd=scratch, check=True, capture_output=True)
+        subprocess.run(command, cwd=scratch, check=True, capture_output=True)
     return (folder / "model.safetensors").read_bytes()
 
 

@@ -19,5 +19,6 @@ def load(path: str) -> nn.Module:
         raise DataError(f"{path} does not exist; give a network that was saved by torch.jit.save")
     try:
         return torch.jit.load(str(file), map_location="cpu").eval()
-    except RuntimeError as error:
-        raise DataError(f"{path} is no network that torch.jit has saved ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is no network that torch.jit has saved ({reason})") from error
