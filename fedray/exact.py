@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedray.kernels import add_rows
 from fedray.trees import Tree, tree_map
 
 FRACTION_BITS = 36
@@ -29,7 +30,7 @@ _LARGEST_TERM = 2.0**15  # of the magic-number conversion below, with a bit to s
 _LARGEST_SUM = 2.0 ** (63 - FRACTION_BITS) - 1  # less 1, for the rounding of the bound itself
 _LARGEST_WHOLE_SUM = 2.0**62
 _MAGIC = 1.5 * 2.0 ** (52 - FRACTION_BITS)  # adding it leaves the fixed-point value in the low mantissa bits
-_MAGIC_BITS = torch.tensor(_MAGIC, dtype=torch.float64).view(torch.int64).item()
+_MAGIC_BITS = int(torch.tensor(_MAGIC, dtype=torch.float64).view(torch.int64).item())
 _CHUNK = 1 << 17  # numbers at a time, so that the temporaries stay in a CPU's cache
 _LARGE_CHUNK = 1 << 24  # on a GPU, where it is the number of kernels that costs
 
@@ -210,20 +211,37 @@ def _bound(vector: Vector, chunks: list[Chunk], weights: Sequence[float]) -> flo
 
 def _add_chunks(vector: Vector, chunks: list[Chunk], weights: Sequence[float], bound: float) -> Vector:
     whole = _are_whole(weights)
-    factors = [int(weight) for weight in weights] if whole else [1]
-    times = factors[0] if len(set(factors)) == 1 else None  # as mostly; then one factor does for the sum of the rows
+    # what a row is multiplied by before it is rounded, and after
+    scales, times = ([1.0] * len(weights), [int(w) for w in weights]) if whole else (list(weights), [1] * len(weights))
     memory = torch.empty(0, dtype=torch.float64 if vector.fraction_bits else torch.int64, device=vector.total.device)
     for start, pieces in chunks:
-        joined = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
-        fixed = memory.resize_(joined.shape).copy_(joined)  # the same memory again and again, which stays in the cache
-        if vector.fraction_bits:
-            fixed = (fixed if whole else fixed.mul_(weights[0])).add_(_MAGIC).view(torch.int64)
-        if times is None:
-            fixed *= torch.tensor(factors, device=fixed.device)[:, None]
-        summed = fixed[0] if len(fixed) == 1 else fixed.sum(0)
-        _add_into(vector.total[start : start + len(summed)], summed, 1 if times is None else times)
-    lifted = sum(factors) if vector.fraction_bits else 0
+        rows = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        total = vector.total[start : start + rows.shape[1]]
+        in_one_pass = add_rows() if rows.dtype == torch.float32 and rows.device.type == "cpu" else None
+        if in_one_pass is not None:
+            factors = np.array(scales) * 2.0**vector.fraction_bits
+            in_one_pass(np.ascontiguousarray(rows), factors, np.array(times), _MAGIC_BITS, total.numpy())
+        else:
+            _add_in_passes(total, rows, vector.fraction_bits, scales, times, memory)
+    lifted = sum(times) if vector.fraction_bits else 0
     return replace(vector, bound=bound, lifted=vector.lifted + lifted)
+
+
+def _add_in_passes(
+    total: torch.Tensor,
+    rows: torch.Tensor,
+    fraction_bits: int,
+    scales: Sequence[float],
+    times: Sequence[int],
+    memory: torch.Tensor,
+) -> None:
+    fixed = memory.resize_(rows.shape).copy_(rows)  # the same memory again and again, which stays in the cache
+    if fraction_bits:
+        fixed = (fixed if scales[0] == 1 else fixed.mul_(scales[0])).add_(_MAGIC).view(torch.int64)
+    alike = len(set(times)) == 1  # as mostly; then one factor does for the sum of the rows
+    if not alike:
+        fixed *= torch.tensor(times, device=fixed.device)[:, None]
+    _add_into(total, fixed[0] if len(fixed) == 1 else fixed.sum(0), times[0] if alike else 1)
 
 
 def _add_into(total: torch.Tensor, fixed: torch.Tensor, times: int) -> None:

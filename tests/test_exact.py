@@ -115,6 +115,26 @@ def test_the_mean_of_one_term_is_the_term(values: list[float], weight: int):
     assert torch.equal(mean[representable], term["x"][representable])
 
 
+@quick
+@given(terms(), st.integers(0, 2**32 - 1))
+def test_the_kernel_adds_the_same_bits_as_passes_do(terms: Any, seed: int):
+    draw = np.random.default_rng(seed)
+    rows = draw.standard_normal((3, 5000)) * 10.0 ** draw.integers(-12, 5, (3, 5000))
+    stack = {"x": torch.from_numpy(rows).float().clamp(-3e4, 3e4), "few": torch.from_numpy(rows[:, :7]).float()}
+    times = draw.integers(0, 300, 3).tolist()
+
+    def sums() -> list[torch.Tensor]:
+        return [total_of(terms).floats.total, exact.add_stack(None, stack, times).floats.total]
+
+    assert exact.add_rows() is not None  # numba is there
+    compiled = sums()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "add_rows", lambda: None)
+        passes = sums()
+    for one, other in zip(compiled, passes, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_float_type_keeps_its_type_and_rounds_once(dtype: torch.dtype):
     draw = torch.Generator().manual_seed(0)
