@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fedray import models
+from fedray.errors import DataError
 from fedray.models import Classifier
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -43,6 +45,8 @@ def count(name: str, input_shape: tuple[int, ...], num_classes: int = 10, **opti
         (11_689_512, "resnet18", (3, 224, 224), 1000, {"norm": "batch", "stem": "7x7"}),  # torchvision's
         (269_722, "resnet20", COLOUR, 10, {"norm": "batch"}),  # option A; projections would make it 272,474
         (269_722, "resnet20", COLOUR, 10, {}),
+        (444_292, "shufflenet", COLOUR, 100, {}),  # FedPEFT's communication table
+        (1_366_792, "shufflenet", COLOUR, 1000, {"norm": "batch"}),  # torchvision's
     ],
 )
 def test_parameter_counts_are_those_published_or_counted_by_hand(size, name, input_shape, num_classes, options):
@@ -87,7 +91,7 @@ def test_by_default_there_are_no_buffers(name: str):
 
 
 def test_batch_norm_has_buffers():
-    for name in ("resnet18", "resnet20"):
+    for name in ("resnet18", "resnet20", "shufflenet"):
         assert any("running_mean" in key for key, _ in MODELS[name](GREY, 10, norm="batch").named_buffers())
 
 
@@ -121,11 +125,11 @@ def test_convnet_normalises_every_channel_of_every_image_by_itself():
     torch.testing.assert_close(model(x)[:1], model(x[:1]))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 16])
-@pytest.mark.parametrize("name", ["resnet18", "resnet20"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "shufflenet"])
 def test_groups_are_those_of_every_group_norm(name: str, groups: int):
     norms = [m for m in MODELS[name](COLOUR, 10, groups=groups).modules() if isinstance(m, nn.GroupNorm)]
-    assert len(norms) == {"resnet18": 20, "resnet20": 19}[name]
+    assert len(norms) == {"resnet18": 20, "resnet20": 19, "shufflenet": 56}[name]
     assert {m.num_groups for m in norms} == {groups}
 
 
@@ -213,6 +217,12 @@ def test_empty_inputs_and_no_classes_are_refused(name: str):
         ("resnet20", {"groups": 32}, "^groups is 32; it must divide 16"),
         ("resnet20", {"groups": 0}, "^groups is 0; it must be >= 1"),
         ("resnet20", {"norm": "layer"}, "^norm is 'layer'; it must be 'group' or 'batch'"),
+        ("shufflenet", {"image_size": 0}, "^image_size is 0; it must be >= 1"),
+        (
+            "shufflenet",
+            {"image_size": 32, "weights": "x.safetensors"},
+            "^norm is 'group', but weights are those of batch",
+        ),
         ("resnet18", {"stem": "5x5"}, "^stem is '5x5'; it must be '3x3' or '7x7'"),
     ],
 )
@@ -226,3 +236,41 @@ def test_every_option_is_documented(name: str):
     options = [p.name for p in inspect.signature(MODELS[name]).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
     doc = inspect.getdoc(MODELS[name])
     assert all(f"    {option}: " in doc for option in options)
+
+
+def test_shufflenet_takes_torchvisions_weights_and_no_others(tmp_path):
+    torch.manual_seed(0)
+    whole = MODELS["shufflenet"](COLOUR, 10, norm="batch").eval()
+    with torch.no_grad():
+        for tensor in whole.state_dict().values():  # statistics too
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 0.5)
+    named = {
+        name.removeprefix("features."): t for name, t in whole.state_dict().items() if name.startswith("features.")
+    }
+    assert {
+        "conv1.0.weight",
+        "stage2.0.branch1.2.weight",
+        "stage4.3.branch2.6.running_var",
+        "conv5.1.bias",
+    } < named.keys()
+    file = tmp_path / "shufflenet.safetensors"
+    save_file({**named, "fc.weight": torch.zeros(1000, 1024)}, file)
+    mine = MODELS["shufflenet"](COLOUR, 5, norm="batch", weights=str(file)).eval()
+    x = torch.randn(2, *COLOUR)
+    assert torch.equal(mine.features(x), whole.features(x))
+    larger = MODELS["shufflenet"](COLOUR, 5, norm="batch", weights=str(file), image_size=64).eval()
+    assert not torch.allclose(larger.features(x), whole.features(x))
+    with pytest.raises(
+        DataError, match=r"does not hold torchvision's shufflenet_v2_x0_5 of 1 channels: conv1.0.weight"
+    ):
+        MODELS["shufflenet"](GREY, 5, norm="batch", weights=str(file))
+    del named["stage3.7.branch2.0.weight"]
+    save_file(named, file)
+    with pytest.raises(DataError, match=r"stage3.7.branch2.0.weight have other names or shapes"):
+        MODELS["shufflenet"](COLOUR, 5, norm="batch", weights=str(file))
+    file.write_bytes(b"no safetensors")
+    with pytest.raises(DataError, match="cannot be read as safetensors"):
+        MODELS["shufflenet"](COLOUR, 5, norm="batch", weights=str(file))
+    with pytest.raises(DataError, match=r"nowhere.safetensors, which is no file"):
+        MODELS["shufflenet"](COLOUR, 5, norm="batch", weights="nowhere.safetensors")

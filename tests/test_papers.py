@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from needs import needs_espeak
-from tiny_models import language_model, stable_diffusion
+from safetensors.torch import load_file
+from tiny_models import language_model, saved, stable_diffusion, vit
 
 from fedray import config
 from fedray.data import Dataset
@@ -150,3 +151,15 @@ def test_the_small_experiments_give_clients_no_picture_that_a_generator_saw(name
     text = str(config.read(shipped()[name]))
     assert "'part': 'private'" in text
     assert "'public': 20000" in text
+
+
+@pytest.mark.parametrize("row", ["bias_8", "prompt_8", "shufflenet_8"])
+def test_fedpefts_communication_table_has_rows_of_two_networks(row, tmp_path):
+    """The authors' optimizer, weights of clients and augmentation, on a ViT and a ShuffleNet without their weights."""
+    tiny = [f"path={saved(vit(), tmp_path / 'vit')}", "shufflenet=null", "backend=serial", "evaluate_every=0"]
+    tiny += ["task.data={name: subset, of: digits, train: 200, test: 40}", "rounds=1", "algorithm.local_epochs=1"]
+    tiny += ["populations.n64_c8={clients: 8, cohort: 2}"]
+    found = run(shipped()["fedpeft/paper"], [*tiny, f"row={row}"], tmp_path / "run")
+    sent = {name: tensor.shape for name, tensor in load_file(found.folder / "model.safetensors").items()}
+    assert found.final["bytes_up_total"] == 4 * 2 * sum(shape.numel() for shape in sent.values())
+    assert any("running_mean" in name for name in sent) == (row == "shufflenet_8")

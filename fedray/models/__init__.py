@@ -25,6 +25,7 @@ from fedray.models.masked import masked
 from fedray.models.nets import cnn, convnet, lenet, mlp, paired_conv, softmax
 from fedray.models.pretrained import pretrained
 from fedray.models.resnet import resnet18, resnet20
+from fedray.models.shufflenet import shufflenet
 from fedray.models.transformer import transformer
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "pretrained",
     "resnet18",
     "resnet20",
+    "shufflenet",
     "softmax",
 ]
 
@@ -54,6 +56,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "paired_conv": paired_conv,
     "resnet18": resnet18,
     "resnet20": resnet20,
+    "shufflenet": shufflenet,
     "audio_conv_rnn": audio_conv_rnn,
     "masked": masked,
     "pretrained": pretrained,

@@ -39,7 +39,7 @@ def resnet18(
         raise ValueError(f"stem is {stem!r}; it must be '3x3' or '7x7'")
     large = stem == "7x7"
     channels, _, _ = image_shape(input_shape, f"resnet18 with a {stem} stem", least=32 if large else 8)
-    layer = _norm_layer(norm, groups, narrowest=64)
+    layer = norm_layer(norm, groups, narrowest=64)
     first = nn.Conv2d(channels, 64, 7, 2, 3, bias=False) if large else _conv3x3(channels, 64)
     pool = [nn.MaxPool2d(3, 2, 1)] if large else []
     stem_layers = nn.Sequential(first, layer(64), nn.ReLU(), *pool)
@@ -63,7 +63,7 @@ def resnet20(
         groups: groups of channels in every group norm; must divide 16; unused with batch norm.
     """
     channels, _, _ = image_shape(input_shape, "resnet20", least=4)
-    layer = _norm_layer(norm, groups, narrowest=16)
+    layer = norm_layer(norm, groups, narrowest=16)
     stem_layers = nn.Sequential(_conv3x3(channels, 16), layer(16), nn.ReLU())
     return _resnet(stem_layers, [16, 32, 64], 3, layer, _ZeroPadding, num_classes)
 
@@ -71,7 +71,7 @@ def resnet20(
 NormLayer = Callable[[int], nn.Module]
 
 
-def _norm_layer(norm: str, groups: int, narrowest: int) -> NormLayer:
+def norm_layer(norm: str, groups: int, narrowest: int) -> NormLayer:
     """A function of the number of channels, all of which are multiples of ``narrowest``."""
     if norm not in get_args(Norm):
         raise ValueError(f"norm is {norm!r}; it must be 'group' or 'batch'")
