@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from work import EXAMPLES, Work, holdings, initialized, padded
+from work import BATCH, EXAMPLES, LENGTH, LR, Work, holdings, initialized, padded
 
 from fedray.aggregators import mean
 from fedray.algorithm import Client, ClientResult, FederatedAlgorithm
@@ -17,6 +17,38 @@ from fedray.data import Dataset, Partition
 from fedray.learner import Learner
 from fedray.models import MODELS
 from fedray.samplers import Population, Selection
+
+
+def configuration(work: Work, images: str) -> dict[str, Any]:
+    """The shared work as a configuration of fedray.
+
+    Args:
+        work: What is trained.
+        images: Folder of Fashion-MNIST.
+    """
+    tasks: dict[str, dict[str, Any]] = {
+        "images": {
+            "name": "classification",
+            "data": {"name": "fashion_mnist", "path": images},
+            "model": {"name": "components.model", "kind": work.model, "size": work.size},
+        },
+        "text": {
+            "name": "language_modeling",
+            "data": {"name": "sotu", "length": LENGTH},
+            "model": {"name": "components.language_model", "size": work.size},
+        },
+    }
+    local = {"local_lr": LR, "local_steps": work.steps, "batch_size": BATCH, "shuffle": False}
+    return {
+        "rounds": work.rounds,
+        "cohort": work.cohort,
+        "evaluate_every": work.evaluate_every,
+        "checkpoint_every": 0,
+        "task": tasks[work.data] | {"partition": {"name": "components.partition", "num_clients": work.population}},
+        "sampler": {"name": "components.sampler"},
+        "algorithm": {"name": "fedavg", **local} if work.steps else {"name": "components.no_work"},
+        "backend": {"name": "ray", "num_workers": 2},
+    }
 
 
 def sampler(population: Population, cohort: int, _rng: np.random.Generator, round: int, /) -> Selection:

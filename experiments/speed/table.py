@@ -7,7 +7,7 @@ from work import Work
 
 Record = dict[str, Any]
 
-TOLERANCE = {"cnn": 3e-3, "mlp": 2e-3}  # of the loss: training amplifies the order of sums, in the two loops as well
+TOLERANCE = {"cnn": 5e-3, "mlp": 2e-3}  # of the loss: training amplifies the order of sums, in the loops as well
 COLUMNS = ("work", "contender", "s a round", "least", "most", "÷ floor2", "first round done, s", "memory, MB", "loss")
 
 
