@@ -30,7 +30,7 @@ _LARGEST_TERM = 2.0**15  # of the magic-number conversion below, with a bit to s
 _LARGEST_SUM = 2.0 ** (63 - FRACTION_BITS) - 1  # less 1, for the rounding of the bound itself
 _LARGEST_WHOLE_SUM = 2.0**62
 _MAGIC = 1.5 * 2.0 ** (52 - FRACTION_BITS)  # adding it leaves the fixed-point value in the low mantissa bits
-_MAGIC_BITS = int(torch.tensor(_MAGIC, dtype=torch.float64).view(torch.int64).item())
+_MAGIC_BITS = torch.tensor(_MAGIC, dtype=torch.float64).view(torch.int64).item()
 _CHUNK = 1 << 17  # numbers at a time, so that the temporaries stay in a CPU's cache
 _LARGE_CHUNK = 1 << 24  # on a GPU, where it is the number of kernels that costs
 
@@ -219,8 +219,7 @@ def _add_chunks(vector: Vector, chunks: list[Chunk], weights: Sequence[float], b
         total = vector.total[start : start + rows.shape[1]]
         in_one_pass = add_rows() if rows.dtype == torch.float32 and rows.device.type == "cpu" else None
         if in_one_pass is not None:
-            factors = np.array(scales) * 2.0**vector.fraction_bits
-            in_one_pass(np.ascontiguousarray(rows), factors, np.array(times), _MAGIC_BITS, total.numpy())
+            in_one_pass(np.ascontiguousarray(rows), np.array(scales), np.array(times), _MAGIC, total.numpy())
         else:
             _add_in_passes(total, rows, vector.fraction_bits, scales, times, memory)
     lifted = sum(times) if vector.fraction_bits else 0

@@ -1,42 +1,93 @@
-"""What numba compiles: one pass over memory where PyTorch and numpy need one for each operation.
+"""One pass over memory where PyTorch and numpy need one for each operation: a few lines of C, for sums of updates.
 
-Without numba (or for what a kernel is not made for) the caller does the same with those, with the same bits.
+They are compiled, once a user, where there is a C compiler. Without one, or for what they are not made for, callers do
+the same with PyTorch and numpy, with the same bits.
 """
 
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-_BLOCK = 4096  # numbers at a time, so that a part of the total stays in the cache while all rows are added to it
+AddRows = Callable[[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray], None]
 
-AddRows = Callable[[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray], None]
+_SOURCE = r"""
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("default", "avx2", "avx512f")))  /* the processor's own, chosen when it is loaded */
+#endif
+void add_rows(const float *restrict rows, const double *restrict scales, const int64_t *restrict times, double lift,
+              int64_t *restrict total, int64_t num_rows, int64_t length)
+{
+    const int64_t block = 4096;  /* a part of the total stays in the cache while all rows are added to it */
+    for (int64_t start = 0; start < length; start += block) {
+        const int64_t stop = start + block < length ? start + block : length;
+        for (int64_t r = 0; r < num_rows; r++) {
+            const float *row = rows + r * length;
+            const double scale = scales[r];
+            const int64_t weight = times[r];
+            for (int64_t k = start; k < stop; k++) {
+                const double lifted = row[k] * scale + lift;
+                int64_t bits;
+                memcpy(&bits, &lifted, sizeof bits);
+                total[k] += bits * weight;
+            }
+        }
+    }
+}
+"""
+# without contraction: multiplying and adding in one would round once instead of twice
+_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fwrapv", "-shared", "-fPIC")
 
 
 @cache
 def add_rows() -> AddRows | None:
-    """A function that adds rows to a vector in fixed point, or None where numba is missing.
+    """A function that adds rows to a vector in fixed point, or None where it cannot be compiled.
 
-    ``add(rows, scales, times, offset, total)`` is ``total += times[r] * (round(rows[r] * scales[r]) + offset)`` for
-    every row r, rounding to even: rows float32 (r, n), scales float64 (r,), times int64 (r,), total int64 (n,).
+    ``add(rows, scales, times, lift, total)`` is ``total += times[r] * bits(rows[r] * scales[r] + lift)`` for every row
+    r, where ``bits`` are those of a float64, read as a whole number. Rows are float32 (r, n), scales float64 (r,),
+    times int64 (r,), the total int64 (n,), all without gaps.
     """
-    try:
-        import numba
-    except ImportError:
+    library = _library()
+    if library is None:
         return None
-    signature = "void(f4[:, ::1], f8[::1], i8[::1], i8, i8[::1])"
-    compiled: AddRows
-    try:  # making it takes a second, so it is kept beside this file, or in the user's cache
-        compiled = numba.njit(signature, cache=True)(_add_rows)
-    except RuntimeError:  # neither can be written to
-        compiled = numba.njit(signature)(_add_rows)
-    return compiled
+    function = library.add_rows
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes, function.restype = [pointer, pointer, pointer, ctypes.c_double, pointer, whole, whole], None
+
+    def add(rows: np.ndarray, scales: np.ndarray, times: np.ndarray, lift: float, total: np.ndarray) -> None:
+        addresses = (array.ctypes.data for array in (rows, scales, times))
+        function(*addresses, lift, total.ctypes.data, *rows.shape)
+
+    return add
 
 
-def _add_rows(rows: np.ndarray, scales: np.ndarray, times: np.ndarray, offset: int, total: np.ndarray) -> None:
-    for start in range(0, total.size, _BLOCK):
-        part = total[start : start + _BLOCK]
-        for r in range(len(rows)):
-            row, scale, weight = rows[r, start : start + _BLOCK], scales[r], times[r]
-            for k in range(part.size):
-                part[k] += (np.int64(np.rint(np.float64(row[k]) * scale)) + offset) * weight
+def _library() -> ctypes.CDLL | None:
+    """The compiled file, which is kept in the user's cache."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    made_of = "\n".join([_SOURCE, *_FLAGS, compiler, platform.platform()])
+    folder = Path("~/.cache/fedray/kernels").expanduser()
+    library = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    try:
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                source, made = Path(place, "kernels.c"), Path(place, "kernels.so")
+                source.write_text(_SOURCE)
+                subprocess.run([compiler, *_FLAGS, source, "-o", made], check=True, capture_output=True, timeout=60)
+                made.replace(library)  # whole, whoever else makes it at the same time
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError):  # no place to write to or to run from, or another kind of compiler
+        return None

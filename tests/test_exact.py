@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import assert_same_bits, copy
 
-from fedray import exact
+from fedray import exact, kernels
 
 QUANTUM = Fraction(1, 2**36)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -126,13 +127,34 @@ def test_the_kernel_adds_the_same_bits_as_passes_do(terms: Any, seed: int):
     def sums() -> list[torch.Tensor]:
         return [total_of(terms).floats.total, exact.add_stack(None, stack, times).floats.total]
 
-    assert exact.add_rows() is not None  # numba is there
+    if exact.add_rows() is None:
+        pytest.skip("there is no C compiler")
     compiled = sums()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact, "add_rows", lambda: None)
         passes = sums()
     for one, other in zip(compiled, passes, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "/etc/passwd"])
+def test_without_a_compiler_there_is_no_kernel_and_no_error(compiler: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    assert kernels.add_rows.__wrapped__() is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_kernel_is_compiled_once_a_user_and_needs_a_place_to_be(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if kernels.add_rows.__wrapped__() is None:
+        pytest.skip("there is no C compiler")
+    [made] = tmp_path.rglob("*.so")
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: pytest.fail("it was compiled again"))
+    assert kernels.add_rows.__wrapped__() is not None
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(made))  # a file
+    assert kernels.add_rows.__wrapped__() is None
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
