@@ -11,10 +11,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedray.errors import FedrayError
@@ -101,11 +103,18 @@ def convert(
 
 
 def read(file: Path) -> Tensors:
-    """The tensors of a file, by name."""
-    found: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    """The tensors of a file, by name.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        found: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"it holds more or less than tensors ({' '.join(str(error).split())[:200]})") from error
     for name in ("state_dict", "model"):
-        found = found.get(name, found)
-    return found
+        found = found.get(name, found) if isinstance(found, dict) else {}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
 def transformer(tensors: Tensors) -> tuple[str, Tensors]:
