@@ -9,6 +9,9 @@ import pytest
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler, and there is none"
 )
+needs_c = pytest.mark.skipif(
+    shutil.which(os.environ.get("CC", "cc")) is None, reason="the kernel needs a C compiler (cc, or what CC names)"
+)
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs the program espeak-ng")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs_c
 from problems import assert_same_bits, copy
 
 from fedray import exact, kernels
@@ -116,6 +117,7 @@ def test_the_mean_of_one_term_is_the_term(values: list[float], weight: int):
     assert torch.equal(mean[representable], term["x"][representable])
 
 
+@needs_c
 @quick
 @given(terms(), st.integers(0, 2**32 - 1))
 def test_the_kernel_adds_the_same_bits_as_passes_do(terms: Any, seed: int):
@@ -127,8 +129,7 @@ def test_the_kernel_adds_the_same_bits_as_passes_do(terms: Any, seed: int):
     def sums() -> list[torch.Tensor]:
         return [total_of(terms).floats.total, exact.add_stack(None, stack, times).floats.total]
 
-    if exact.add_rows() is None:
-        pytest.skip("there is no C compiler")
+    assert exact.add_rows() is not None
     compiled = sums()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exact, "add_rows", lambda: None)
@@ -145,10 +146,10 @@ def test_without_a_compiler_there_is_no_kernel_and_no_error(compiler: str, tmp_p
     assert not list(tmp_path.rglob("*.so"))
 
 
+@needs_c
 def test_a_kernel_is_compiled_once_a_user_and_needs_a_place_to_be(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    if kernels.add_rows.__wrapped__() is None:
-        pytest.skip("there is no C compiler")
+    assert kernels.add_rows.__wrapped__() is not None
     [made] = tmp_path.rglob("*.so")
     monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: pytest.fail("it was compiled again"))
     assert kernels.add_rows.__wrapped__() is not None

@@ -1,6 +1,7 @@
 """Reference models: published sizes, the features/head contract, and messages for what cannot be built."""
 
 import inspect
+from itertools import product
 
 import pytest
 import torch
@@ -125,8 +126,10 @@ def test_convnet_normalises_every_channel_of_every_image_by_itself():
     torch.testing.assert_close(model(x)[:1], model(x[:1]))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("name", ["resnet18", "resnet20", "shufflenet"])
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [*product(["resnet18", "resnet20"], [1, 2, 4, 16]), *product(["shufflenet"], [1, 2, 4, 8])],
+)
 def test_groups_are_those_of_every_group_norm(name: str, groups: int):
     norms = [m for m in MODELS[name](COLOUR, 10, groups=groups).modules() if isinstance(m, nn.GroupNorm)]
     assert len(norms) == {"resnet18": 20, "resnet20": 19, "shufflenet": 56}[name]
@@ -217,6 +220,7 @@ def test_empty_inputs_and_no_classes_are_refused(name: str):
         ("resnet20", {"groups": 32}, "^groups is 32; it must divide 16"),
         ("resnet20", {"groups": 0}, "^groups is 0; it must be >= 1"),
         ("resnet20", {"norm": "layer"}, "^norm is 'layer'; it must be 'group' or 'batch'"),
+        ("shufflenet", {"groups": 3}, "^groups is 3; it must divide 8"),
         ("shufflenet", {"image_size": 0}, "^image_size is 0; it must be >= 1"),
         (
             "shufflenet",

@@ -78,7 +78,7 @@ def norm_layer(norm: str, groups: int, narrowest: int) -> NormLayer:
     if norm == "batch":
         return nn.BatchNorm2d
     if narrowest % positive("groups", groups):
-        raise ValueError(f"groups is {groups}; it must divide {narrowest}, the number of channels of the first stage")
+        raise ValueError(f"groups is {groups}; it must divide {narrowest}, which divides the channels of every layer")
     return lambda channels: nn.GroupNorm(groups, channels)
 
 

@@ -33,10 +33,10 @@ def shufflenet(
             classifier is left out. None for random ones.
         image_size: Height and width that images are resized to, in pixels; None for their own.
         norm: group norm, or batch norm, whose running statistics are not averaged with the parameters.
-        groups: groups of channels in every group norm; must divide 24; unused with batch norm.
+        groups: groups of channels in every group norm; must divide 8; unused with batch norm.
     """
     channels, _, _ = image_shape(input_shape, "shufflenet", least=1)
-    layer = norm_layer(norm, groups, narrowest=24)
+    layer = norm_layer(norm, groups, narrowest=8)  # 24, 48, 96 and 1,024 channels
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if image_size is not None:
         layers["resize"] = _Resize(positive("image_size", image_size))
