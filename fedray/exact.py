@@ -213,13 +213,14 @@ def _add_chunks(vector: Vector, chunks: list[Chunk], weights: Sequence[float], b
     whole = _are_whole(weights)
     # what a row is multiplied by before it is rounded, and after
     scales, times = ([1.0] * len(weights), [int(w) for w in weights]) if whole else (list(weights), [1] * len(weights))
+    before, after = np.array(scales), np.array(times)
     memory = torch.empty(0, dtype=torch.float64 if vector.fraction_bits else torch.int64, device=vector.total.device)
     for start, pieces in chunks:
         rows = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
         total = vector.total[start : start + rows.shape[1]]
         in_one_pass = add_rows() if rows.dtype == torch.float32 and rows.device.type == "cpu" else None
         if in_one_pass is not None:
-            in_one_pass(np.ascontiguousarray(rows), np.array(scales), np.array(times), _MAGIC, total.numpy())
+            in_one_pass(np.ascontiguousarray(rows), before, after, _MAGIC, total.numpy())
         else:
             _add_in_passes(total, rows, vector.fraction_bits, scales, times, memory)
     lifted = sum(times) if vector.fraction_bits else 0

@@ -266,7 +266,7 @@ def test_shufflenet_takes_torchvisions_weights_and_no_others(tmp_path):
     larger = MODELS["shufflenet"](COLOUR, 5, norm="batch", weights=str(file), image_size=64).eval()
     assert not torch.allclose(larger.features(x), whole.features(x))
     with pytest.raises(
-        DataError, match=r"does not hold torchvision's shufflenet_v2_x0_5 of 1 channels: conv1.0.weight"
+        DataError, match=r"does not hold torchvision's shufflenet_v2_x0_5 of 1 channels: its conv1.0.weight"
     ):
         MODELS["shufflenet"](GREY, 5, norm="batch", weights=str(file))
     del named["stage3.7.branch2.0.weight"]
@@ -276,5 +276,5 @@ def test_shufflenet_takes_torchvisions_weights_and_no_others(tmp_path):
     file.write_bytes(b"no safetensors")
     with pytest.raises(DataError, match="cannot be read as safetensors"):
         MODELS["shufflenet"](COLOUR, 5, norm="batch", weights=str(file))
-    with pytest.raises(DataError, match=r"nowhere.safetensors, which is no file"):
+    with pytest.raises(DataError, match=r"nowhere.safetensors cannot be read as safetensors"):
         MODELS["shufflenet"](COLOUR, 5, norm="batch", weights="nowhere.safetensors")

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedray.data.dataset import Dataset
-from fedray.errors import DataError
-from fedray.models import hugging_face, scripted
+from fedray.models import hugging_face, scripted, state_dicts
 from fedray.models.pictures import in_range
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its colours, in 0..1
@@ -153,24 +152,15 @@ def vgg19_bn(
         batch_statistics: BatchNorm works by the batch, as in both released codes, and not by ImageNet's statistics.
         normalized: Colours are normalised as ImageNet's, as in GFMN; PRISM's code does so with generated ones only.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if min(shape[1:]) < 32:
         raise ValueError("features is vgg19_bn, which halves pictures five times; give pictures of at least 32×32")
     file = path if Path(path).is_file() else hugging_face.file(path, "model.safetensors")
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as safetensors ({error}); save vgg19_bn's state_dict so") from error
+    weights = state_dicts.read(file, "vgg19_bn")
     kept = {name: tensor for name, tensor in weights.items() if name.startswith("features.")}
     width = len(kept.get("features.0.weight", range(64)))
     with torch.device("meta"):
         expected = Vgg19(width).state_dict()
-    uncounted = {name: torch.zeros((), dtype=torch.int64) for name in expected if name.endswith("num_batches_tracked")}
-    kept = uncounted | kept  # which old files have not, and nobody needs
-    if {name: tensor.shape for name, tensor in kept.items()} != {n: t.shape for n, t in expected.items()}:
-        raise DataError(f"{path} does not hold torchvision's vgg19_bn: its features.* have other names or shapes")
+    kept = state_dicts.fitted(kept, expected, path, "vgg19_bn")
 
     def build() -> nn.Module:
         network = Vgg19(width, normalized)

@@ -1,17 +1,17 @@
 """ShuffleNet V2 (Ma et al. 2018): the small convolutional network that FedPEFT compares its Transformers with."""
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedray.errors import DataError
+from fedray.models import state_dicts
 from fedray.models.classifier import Classifier, image_shape, positive
 from fedray.models.resnet import NormLayer, norm_layer
 
+_NETWORK = "shufflenet_v2_x0_5"
 _STAGES = {"stage2": (48, 4), "stage3": (96, 8), "stage4": (192, 4)}  # channels and units at half the width
 
 
@@ -54,7 +54,9 @@ def shufflenet(
     if weights is not None:
         if norm != "batch":
             raise ValueError(f"norm is {norm!r}, but weights are those of batch norm; set norm=batch")
-        _load(model.features, weights)
+        kept = {name: t for name, t in state_dicts.read(weights, _NETWORK).items() if not name.startswith("fc.")}
+        network = f"{_NETWORK} of {channels} channels"
+        model.features.load_state_dict(state_dicts.fitted(kept, model.features.state_dict(), weights, network))
     return model
 
 
@@ -94,26 +96,3 @@ def _pointwise(before: int, after: int, layer: NormLayer) -> nn.Sequential:
 
 def _depthwise(channels: int, stride: int, layer: NormLayer) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False), layer(channels))
-
-
-def _load(features: nn.Module, file: str) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(file).is_file():
-        raise DataError(f"weights is {file}, which is no file; save torchvision's state_dict as safetensors there")
-    try:
-        weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("fc.")}
-    except SafetensorError as error:
-        raise DataError(f"{file} cannot be read as safetensors ({error}); save torchvision's state_dict so") from error
-    own = features.state_dict()
-    weights = {name: tensor for name, tensor in own.items() if name.endswith("num_batches_tracked")} | weights
-    odd = {
-        n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n].shape != weights[n].shape
-    }
-    if odd:
-        raise DataError(
-            f"{file} does not hold torchvision's shufflenet_v2_x0_5 of {own['conv1.0.weight'].shape[1]} channels: "
-            f"{', '.join(sorted(odd)[:3])} have other names or shapes"
-        )
-    features.load_state_dict(weights)
