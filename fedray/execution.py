@@ -15,12 +15,14 @@ class Execution:
         compile: Compile the training step of clients that train one by one (torch.compile); minutes at the first run.
         channels_last: Keep images with the channels in the last place; auto for convolutions in bfloat16.
         precision: float32, or bfloat16 for mixed precision: faster on GPUs of 2020 and later, mostly slower on CPUs.
+        cuda_graphs: On a GPU, record the step of clients that train one by one, where it can be; the same bytes.
     """
 
     group: int | Literal["auto"] = "auto"
     compile: bool = False
     channels_last: bool | Literal["auto"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.group != "auto" and self.group < 1:

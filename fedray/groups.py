@@ -109,13 +109,15 @@ def is_stackable(task: "Task", model: torch.nn.Module) -> bool:
     """A trial: whether two clients with unlike params have the same losses and gradients together as one by one."""
     draw = torch.Generator().manual_seed(0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    params = {
-        name: torch.stack([p.detach() + 0.1 * torch.randn(p.shape, generator=draw) for _ in range(2)]).requires_grad_()
-        for name, p in trained.items()
-    }
+
+    def near(p: torch.Tensor) -> torch.Tensor:
+        return p.detach() + 0.1 * torch.randn(p.shape, generator=draw).to(p.device)
+
+    params = {name: torch.stack([near(p), near(p)]).requires_grad_() for name, p in trained.items()}
+    device = next(model.parameters()).device
     examples = task.test_examples(0, min(6, task.num_test_examples))
     rows = torch.arange(6) % num_examples(examples)
-    batch = task.prepare({name: column[rows] for name, column in examples.items()}, None)
+    batch = task.prepare({name: column[rows].to(device) for name, column in examples.items()}, None)
     losses = task.losses
     assert losses is not None
     alone = []
@@ -198,7 +200,7 @@ def train(
         each = model.run(params, losses, batch, lr if plain else None)
         own = (each.view(count, -1) * weight).sum(1)
         gradients = torch.autograd.grad(own.sum(), leaves, allow_unused=True)
-        held = torch.from_numpy(sizes).to(learner.device, torch.float32)
+        held = torch.from_numpy(sizes).to(learner.device, torch.float32, non_blocking=True)
         with torch.no_grad():
             if plain:  # who is done has no gradient
                 left = [(p, g) for p, g in zip(leaves, gradients, strict=True) if g is not None]
@@ -238,9 +240,10 @@ def _batches(
             weights[s, k, : len(rows)] = 1 / len(rows)
             sizes[s, k] = len(rows)
     together = learner.ready({name: torch.cat([columns[name] for columns in examples]) for name in examples[0]})
+    all_weights = torch.from_numpy(weights).to(learner.device)  # at once, for a GPU would be waited for each time
 
     def batches() -> "Iterator[tuple[Columns, torch.Tensor, np.ndarray]]":
-        for rows, weight, real in zip(torch.from_numpy(index), torch.from_numpy(weights), sizes, strict=True):
-            yield together(rows.view(-1)), weight.to(learner.device), real
+        for rows, weight, real in zip(torch.from_numpy(index), all_weights, sizes, strict=True):
+            yield together(rows.view(-1)), weight, real
 
     return lengths, batches()

@@ -20,6 +20,7 @@ from fedray.local_training import Gradients, LocalResult, LocalTraining, num_exa
 from fedray.per_example import GradientsOf, one_by_one, private, together
 from fedray.precision import InBfloat16
 from fedray.privacy import Mechanism
+from fedray.recorded import RecordedStep
 from fedray.stacked import StackedModel, unknown_layer
 from fedray.trees import Params
 
@@ -126,12 +127,16 @@ class Learner:
         self._stacked: StackedModel | None = None
         self._compiles = execution.compile
         self._compiled: dict[int, CompiledStep] = {}  # by the size of a batch
+        self._records = execution.cuda_graphs and self.device.type == "cuda"
+        self._recorded: dict[tuple[str, ...], RecordedStep] = {}  # by what is trained
         self.clock = Clock()
 
     def params(self) -> Params:
         """A copy of what is communicated: the trained parameters and, if averaged, the buffers."""
-        own = {**self._trained, **self._buffers}
-        return {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in own.items()}
+        own = {name: p.detach() for name, p in {**self._trained, **self._buffers}.items()}
+        copies = {name: torch.empty_like(p, memory_format=torch.contiguous_format) for name, p in own.items()}
+        torch._foreach_copy_(list(copies.values()), list(own.values()))
+        return copies
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -220,7 +225,8 @@ class Learner:
         step = stepper(list(params.values()), params, start, local, client.round, correction, proximal, moments=moments)
         examples = self.task.examples(client.id) if examples is None else examples
         length = num_examples(examples)
-        gradients_of, batches_of = self._gradients(params, local.batch_size, loss), local.batches
+        recorded = self._records and loss is None and privacy is None  # some mechanisms keep several steps' gradients
+        gradients_of, batches_of = self._gradients(params, local.batch_size, loss, recorded), local.batches
         if privacy is not None:
             each, expected = self._examples_gradients(params, gradients_of, loss), local.rate(length) * length
             gradients_of = private(gradients_of, each, params, privacy, expected, client.seed)
@@ -235,21 +241,26 @@ class Learner:
             with torch.no_grad():
                 step(gradients)
                 total_loss += batch_loss * len(rows)
+            del gradients  # or the next ones would get other memory, which no cache holds
             num_steps, num_seen = num_steps + 1, num_seen + len(rows)
         return LocalResult(self.params(), num_steps, length, total_loss.item() / max(1, num_seen))
 
     def _gradients(
-        self, params: Params, size: int, loss: LossFunction | None
+        self, params: Params, size: int, loss: LossFunction | None, recorded: bool = False
     ) -> Callable[..., tuple[torch.Tensor, Gradients]]:
         """The mean loss of the scratch model over a batch, and its gradients: a function of ``ready``'s and of rows."""
         loss_of = loss or self.task.loss
 
-        def plain(batch_of: Callable[[torch.Tensor], Columns], rows: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-            batch_loss = loss_of(self.model, batch_of(rows))
+        def of_batch(batch: Columns) -> tuple[torch.Tensor, Gradients]:
+            batch_loss = loss_of(self.model, batch)
             return batch_loss.detach(), torch.autograd.grad(batch_loss, list(params.values()), materialize_grads=True)
 
         if loss is not None or not self._compiles:
-            return plain
+            compute: Callable[[Columns], tuple[torch.Tensor, Gradients]] = of_batch
+            if recorded and not self._pretrained:  # frozen params of another's would lie elsewhere
+                made = RecordedStep(of_batch, list(params.values()), self.model)
+                compute = self._recorded.setdefault(tuple(params), made)
+            return lambda batch_of, rows: compute(batch_of(rows))
         if size not in self._compiled:
             self._compiled[size] = CompiledStep(self.task, self.model, self._trained, size)
         step = self._compiled[size]
@@ -300,8 +311,8 @@ class Learner:
 
     def prepare(self, examples: Columns, generator: torch.Generator | None = None) -> Columns:
         """The task's ``prepare``, on this learner's device."""
-        ready = self.task.prepare({name: column.to(self.device) for name, column in examples.items()}, generator)
-        return self._formatted(ready)
+        there = {name: column.to(self.device, non_blocking=True) for name, column in examples.items()}
+        return self._formatted(self.task.prepare(there, generator))
 
     def ready(self, examples: Columns, generator: torch.Generator | None = None) -> Callable[[torch.Tensor], Columns]:
         """A function from rows of ``examples`` to a batch that is prepared for training."""
@@ -309,7 +320,12 @@ class Learner:
         if self.task.augments or size > _RESIDENT:
             return lambda rows: self.prepare({name: column[rows] for name, column in examples.items()}, generator)
         whole = self.prepare(examples)
-        return lambda rows: self._formatted({name: column[rows] for name, column in whole.items()})
+
+        def batch_of(rows: torch.Tensor) -> Columns:
+            rows = rows.to(self.device, non_blocking=True)  # once, and without waiting for the steps before it
+            return self._formatted({name: column[rows] for name, column in whole.items()})
+
+        return batch_of
 
     def _formatted(self, batch: Columns) -> Columns:
         if self._format is not torch.channels_last:

@@ -4,7 +4,9 @@
 """
 
 import functools
+from collections.abc import Callable
 from contextlib import closing
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from problems import (
     copy,
     exams,
     images,
+    make,
     outcome,
     reference,
     train,
@@ -30,7 +33,10 @@ from fedray.algorithm import Pool
 from fedray.algorithms.fedavg import fedavg
 from fedray.backends.serial import SerialBackend
 from fedray.execution import Execution
-from fedray.learner import Learner
+from fedray.learner import Columns, Learner
+from fedray.local_training import Gradients
+from fedray.privacy import Mechanism, dp_sgd, fedpeft_noise
+from fedray.recorded import RecordedStep
 from fedray.synthesis.diffusion_models import diffusion
 from fedray.synthesis.prompts import template
 from fedray.synthesis.requests import of_classes
@@ -52,6 +58,20 @@ def test_a_gpu_computes_what_a_cpu_does_but_for_rounding(exam: Exam):
     history = train(exam.task(), exam.make(), exam.backend(device="cpu"))
     for here, there in zip(reference(exam)[0], history, strict=True):
         torch.testing.assert_close(copy(here), copy(there.state), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mechanism", [dp_sgd(0.5, 1.0), fedpeft_noise(0.5, 5.0)])
+@pytest.mark.parametrize("problem", ["blobs", "images"])  # whose examples' gradients come together, and one by one
+def test_noise_is_that_of_a_cpu(mechanism: Mechanism, problem: str):
+    task = Exam("dp_fedavg", problem).task()
+    states = [
+        [r.state.params for r in train(task, make("dp_fedavg", local=LOCAL, privacy=mechanism), backend)]
+        for backend in (SerialBackend(task, device="cuda"), SerialBackend(task, device="cpu"))
+    ]
+    if problem == "blobs":
+        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+    else:  # with dropout, which draws on the device
+        assert all(p.isfinite().all() for params in states[0] for p in params.values())
 
 
 @exams(EXAMS)
@@ -82,6 +102,66 @@ def test_every_way_to_compute_comes_to_about_the_same(precision: str, compile: b
     backend = SerialBackend(exam.task(), execution=Execution(1, compile=compile, precision=precision))  # type: ignore[arg-type]
     for here, there in zip(train(exam.task(), exam.make(), backend), reference(exam)[0], strict=True):
         torch.testing.assert_close(here.state.params, there.params, rtol=0.05, atol=0.02)
+
+
+@exams(BASIC)
+def test_recorded_steps_have_the_bits_of_steps(exam: Exam):
+    as_it_is = SerialBackend(exam.task(), execution=Execution(1, cuda_graphs=False))
+    states, metrics, _ = reference(exam)
+    found, found_metrics, _ = outcome(exam, as_it_is)
+    assert found_metrics == metrics
+    assert_same_bits(found, states)
+
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+
+
+def linear(*more: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), *more).cuda()
+
+
+def losses(model: torch.nn.Module, loss: Loss, recorded: bool) -> tuple[list[float], int]:
+    """The losses of nine batches, and how often they were computed and not replayed."""
+    calls = 0
+
+    def compute(batch: Columns) -> tuple[torch.Tensor, Gradients]:
+        nonlocal calls
+        calls += 1
+        found = loss(model(batch["x"]))
+        return found.detach(), torch.autograd.grad(found, list(model.parameters()))
+
+    step = RecordedStep(compute, list(model.parameters()), model) if recorded else compute
+    draw = torch.Generator().manual_seed(0)
+    torch.cuda.manual_seed(0)
+    return [step({"x": torch.randn(4, 3, generator=draw).cuda()})[0].item() for _ in range(9)], calls
+
+
+def test_a_step_that_was_recorded_is_not_computed_again():
+    found, calls = losses(linear(), lambda y: y.square().mean(), recorded=True)
+    assert calls < 9
+    assert found == losses(linear(), lambda y: y.square().mean(), recorded=False)[0]
+    assert len(set(found)) == 9
+
+
+def waits(y: torch.Tensor) -> torch.Tensor:
+    return y.mean() * y.detach().abs().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("layers", "loss"),
+    [
+        ([], waits),
+        ([torch.nn.Dropout(0.5)], torch.mean),  # draws
+        ([torch.nn.BatchNorm1d(5)], torch.amax),  # writes into what it keeps
+    ],
+)
+def test_what_cannot_be_recorded_is_computed_as_it_is(layers: list[torch.nn.Module], loss: Loss):
+    models = linear(*deepcopy(layers)), linear(*deepcopy(layers))
+    found, calls = losses(models[0], loss, recorded=True)
+    assert calls >= 9
+    assert found == losses(models[1], loss, recorded=False)[0]
+    assert_same_bits(models[0].state_dict(), models[1].state_dict())
 
 
 def test_channels_last_is_a_matter_of_rounding():

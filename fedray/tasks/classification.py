@@ -80,8 +80,10 @@ class Classification:
             x = _crop_and_flip(x, generator)
         shape = (-1, *[1] * (x.dim() - 2))
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
-        mean = torch.tensor(self.data.mean, device=x.device).view(shape) * scale
-        std = torch.tensor(self.data.std, device=x.device).view(shape) * scale
+        mean, std = (
+            (torch.tensor(each).view(shape) * scale).to(x.device, non_blocking=True)
+            for each in (self.data.mean, self.data.std)
+        )
         return {**examples, "x": (x.to(torch.float32) - mean) / std}
 
     def loss(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:

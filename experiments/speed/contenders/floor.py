@@ -42,8 +42,8 @@ def main() -> None:
 
 
 def trainer(work: Work, examples: Examples, shared: torch.Tensor, total: torch.Tensor, flags: list[str]) -> Share:
-    """A function that trains some clients, and leaves the sum of their parameters in ``total``."""
-    model = work.build()
+    """A function that trains some clients, and leaves the sum of their parameters in ``total``, where that is."""
+    model = work.build().to(total.device)
     if "channels_last" in flags:
         model = model.to(memory_format=torch.channels_last)
     names, params = list(trained(model)), list(trained(model).values())
