@@ -229,21 +229,15 @@ def _batches(
         [rows.numpy() for rows in local.batches(length, torch.Generator().manual_seed(client.seed))]
         for length, client in zip(lengths.tolist(), group.members, strict=True)
     ]
-    num_steps, count = max(map(len, orders)), len(orders)
-    index = np.zeros((num_steps, count, min(local.batch_size, int(lengths.max()))), int)
-    index += (lengths.cumsum() - lengths)[:, None]
-    weights = np.zeros(index.shape, np.float32)
-    sizes = np.zeros((num_steps, count), int)
+    sizes = np.zeros((max(map(len, orders)), len(orders)), int)
     for k, order in enumerate(orders):
-        for s, rows in enumerate(order):
-            index[s, k, : len(rows)] += rows
-            weights[s, k, : len(rows)] = 1 / len(rows)
-            sizes[s, k] = len(rows)
+        sizes[: len(order), k] = [len(rows) for rows in order]
+    real = np.arange(sizes.max()) < sizes.T[..., None]  # (clients, steps, n)
+    index = np.zeros(real.shape, int)
+    index[real] = np.concatenate(list(itertools.chain.from_iterable(orders)))
+    index += (lengths.cumsum() - lengths)[:, None, None]
+    rows = torch.from_numpy(index.swapaxes(0, 1).reshape(len(sizes), -1))
+    # at once, for a GPU would be waited for each time
+    weights = torch.from_numpy((real / np.maximum(sizes.T, 1)[..., None]).astype(np.float32)).to(learner.device)
     together = learner.ready({name: torch.cat([columns[name] for columns in examples]) for name in examples[0]})
-    all_weights = torch.from_numpy(weights).to(learner.device)  # at once, for a GPU would be waited for each time
-
-    def batches() -> "Iterator[tuple[Columns, torch.Tensor, np.ndarray]]":
-        for rows, weight, real in zip(torch.from_numpy(index), all_weights, sizes, strict=True):
-            yield together(rows.view(-1)), weight, real
-
-    return lengths, batches()
+    return lengths, zip(map(together, rows), weights.unbind(1), sizes, strict=True)

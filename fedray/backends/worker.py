@@ -10,13 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from fedray import exact
 from fedray.aggregators import Aggregator, mean
 from fedray.algorithm import Client, ClientResult, ClientUpdate, Metrics
 from fedray.errors import ClientError
-from fedray.groups import Group, stack, unstack
+from fedray.groups import Group, member, stack, unstack
 from fedray.learner import Learner, seed_draws
 from fedray.trees import Tree
 
@@ -88,20 +89,20 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
             began = time.perf_counter()
             begin(len(unit))
             clients = [replace(client, state=_to(client.state, learner.device)) for client in unit]
-            group = together = added = None
+            group = added = None
             if len(clients) > 1:
                 with clock("train"):
                     group = _update_group(learner, job, broadcast, clients)
-            if group is not None:
-                together = list(unstack(group, len(clients)))
-                if _versions(broadcast) == versions:
-                    with clock("accumulate"):
-                        added = _add_group(job, (accumulator, totals), clients, group, together)
-            if added is not None and together is not None:
+            if group is not None and _versions(broadcast) == versions:
+                with clock("accumulate"):
+                    added = _add_group(job, (accumulator, totals), clients, group)
+            if group is not None and added is not None:
                 accumulator, totals = added
-                states += [result.state for result in together]
+                kept = group.state is not None
+                states += [member(group.state, k, keep=True) if kept else None for k in range(len(clients))]
                 took.append(time.perf_counter() - began)
                 continue
+            together = None if group is None else list(unstack(group, len(clients)))
             for k, client in enumerate(clients):
                 state = None
                 try:
@@ -169,18 +170,16 @@ def _update_group(learner: Learner, job: Job, broadcast: Any, clients: list[Clie
     return result
 
 
-def _add_group(
-    job: Job, sums: tuple[Any, Any], clients: list[Client], group: ClientResult, results: list[ClientResult]
-) -> tuple[Any, Any] | None:
+def _add_group(job: Job, sums: tuple[Any, Any], clients: list[Client], group: ClientResult) -> tuple[Any, Any] | None:
     """The sums with a whole group; None if the aggregator cannot, or one of its clients is at fault."""
-    if job.aggregator.accumulate_group is None:
+    accumulate, count = job.aggregator.accumulate_group, mean().accumulate_group
+    if accumulate is None or count is None:
         return None
     partial, totals = sums
     try:
-        for client, result in zip(clients, results, strict=True):
-            reported = {name: float(value) for name, value in result.metrics.items()}
-            totals = mean().accumulate(totals, client, ClientResult(reported, result.weight))
-        return job.aggregator.accumulate_group(partial, clients, group), totals
+        reported = {name: np.broadcast_to(value, len(clients)).astype(float) for name, value in group.metrics.items()}
+        totals = count(totals, clients, ClientResult(reported, group.weight))
+        return accumulate(partial, clients, group), totals
     except Exception:
         return None
 
