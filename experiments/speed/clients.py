@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from components import configuration
 from contenders.floor import trainer
-from speed import DATA
+from speed import DATA, IMAGES
 from work import TRANSFORMERS, Work, load, prepare, trained
 
 from fedray.backends.serial import SerialBackend
@@ -32,12 +32,11 @@ COHORT = 20  # clients in one measurement
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    fmnist = os.environ.get("FEDRAY_FMNIST", "/usr/share/datasets/fashion-mnist")
     parser.add_argument("--work", default="cnn", choices=["mlp", "cnn", "softmax", *TRANSFORMERS])
     parser.add_argument("--size", type=int, default=64, help="width of the mlp's hidden layer, or of a Transformer")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--data", type=Path, default=fmnist, help="folder of Fashion-MNIST's four idx files")
+    parser.add_argument("--data", type=Path, default=IMAGES, help="folder of Fashion-MNIST's four idx files")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

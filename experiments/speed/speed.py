@@ -33,6 +33,7 @@ from work import TRANSFORMERS, Work, prepare
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / ".data"  # normalised images, which the processes share
+IMAGES = os.environ.get("FEDRAY_FMNIST", "/usr/share/datasets/fashion-mnist")
 CONTENDERS = {  # the environment ("" is this one), and what to run in it with ``python -m``
     "floor1": ("", "contenders.floor 1"),
     "floor2": ("", "contenders.floor 2"),
@@ -67,7 +68,6 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    fmnist = os.environ.get("FEDRAY_FMNIST", "/usr/share/datasets/fashion-mnist")
     known = ["mlp", "cnn", "softmax", *TRANSFORMERS]
     parser.add_argument("--work", nargs="+", default=known[:3], choices=known, help="default: mlp cnn softmax")
     parser.add_argument(
@@ -86,7 +86,7 @@ def parsed() -> argparse.Namespace:
     preset.add_argument("--install", action="store_true", help="make the environments of pfl and Flower")
     preset.add_argument("--table", action="store_true", help="print the table of what is in --out")
     parser.add_argument("--out", type=absolute, default=HERE / "results", help="folder of the raw samples")
-    parser.add_argument("--data", type=absolute, default=fmnist, help="folder of Fashion-MNIST's four idx files")
+    parser.add_argument("--data", type=absolute, default=IMAGES, help="folder of Fashion-MNIST's four idx files")
     parser.add_argument("--environments", type=absolute, default=HERE / ".environments", help="folder of --install")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that a process may take")
     return parser.parse_args()

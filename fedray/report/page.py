@@ -164,15 +164,15 @@ def _notes(run: RunRecord, name: str = "This run") -> str:
     return "".join(f'<p class="note">{text(name)} {text(note)}</p>' for note in notes)
 
 
-def _row(title: str, lines: Sequence[tuple[str, Curve]], told: bool = False) -> str:
+def _row(title: str, lines: Sequence[tuple[str, Curve]], labelled: bool = False) -> str:
     """One number against rounds, megabytes and seconds; a line keeps its style when another one has no points."""
     kept = [(style, label, line) for style, (label, line) in enumerate(lines) if len(line.y)]
     drawn, styles = [line for _, _, line in kept], [style for style, _, _ in kept]
     axes = [axis for axis in AXES if any(line.x[axis].max() > 0 for line in drawn)] or (["rounds"] if drawn else [])
-    if len(kept) == 1 and told:
+    if len(kept) == 1 and labelled:
         title = kept[0][1]
     pictures = "".join(f"<figure>{figures.curves_svg(drawn, axis, title, styles)}</figure>" for axis in axes)
-    names = legend([label for label, _ in lines]) if told and len(kept) > 1 else ""
+    names = legend([label for label, _ in lines]) if labelled and len(kept) > 1 else ""
     return f'{names}<div class="grid">{pictures}</div>' if pictures else ""
 
 
