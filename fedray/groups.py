@@ -146,13 +146,14 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 def unstack(result: ClientResult, count: int) -> Iterator[ClientResult]:
     """A group's result as its members'."""
-    for k in range(count):
-        yield ClientResult(
-            member(result.update, k),
-            float(np.broadcast_to(result.weight, count)[k]),
-            member(result.metrics, k),
-            None if result.state is None else member(result.state, k, keep=True),
-        )
+    weights = np.broadcast_to(result.weight, count)
+    for k, state in enumerate(states(result, count)):
+        yield ClientResult(member(result.update, k), float(weights[k]), member(result.metrics, k), state)
+
+
+def states(result: ClientResult, count: int) -> list[Tree | None]:
+    """What each member keeps of a group's result."""
+    return [None if result.state is None else member(result.state, k, keep=True) for k in range(count)]
 
 
 def member(tree: Tree, k: int, keep: bool = False) -> Tree:

@@ -13,11 +13,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from fedray import exact
+from fedray import exact, groups
 from fedray.aggregators import Aggregator, mean
 from fedray.algorithm import Client, ClientResult, ClientUpdate, Metrics
 from fedray.errors import ClientError
-from fedray.groups import Group, member, stack, unstack
+from fedray.groups import Group, stack, unstack
 from fedray.learner import Learner, seed_draws
 from fedray.trees import Tree
 
@@ -98,8 +98,7 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
                     added = _add_group(job, (accumulator, totals), clients, group)
             if group is not None and added is not None:
                 accumulator, totals = added
-                kept = group.state is not None
-                states += [member(group.state, k, keep=True) if kept else None for k in range(len(clients))]
+                states += groups.states(group, len(clients))
                 took.append(time.perf_counter() - began)
                 continue
             together = None if group is None else list(unstack(group, len(clients)))
