@@ -166,24 +166,26 @@ def _zero(tensors: list[torch.Tensor], fraction_bits: int) -> Vector:
     return Vector(torch.zeros(sum(x.shape[1] for x in tensors), dtype=torch.int64, device=device), fraction_bits)
 
 
-Chunk = tuple[int, list[torch.Tensor]]  # where it starts, and its pieces (rows, ...), which lie end to end
+Chunk = tuple[int, torch.Tensor]  # where it starts, and its rows
 
 
 def _chunks(tensors: list[torch.Tensor], rows: int) -> list[Chunk]:
+    """The tensors end to end, in parts: small ones are put together, large ones cut; what is large is not copied."""
     if not tensors:
         return []
     width = max(1, (_CHUNK if tensors[0].device.type == "cpu" else _LARGE_CHUNK) // rows)
-    chunks: list[Chunk] = []
-    end = 0
+    chunks: list[tuple[int, list[torch.Tensor]]] = []
+    end = room = 0
     for tensor in tensors:
-        at = 0
-        while at < tensor.shape[1]:
-            if end % width == 0:
+        for at in range(0, tensor.shape[1], width):
+            piece = tensor[:, at : at + width]
+            size = piece.shape[1]
+            if size > room or size > width // 8:
                 chunks.append((end, []))
-            piece = tensor[:, at : at + width - end % width]
+                room = width if size <= width // 8 else size
             chunks[-1][1].append(piece)
-            at, end = at + piece.shape[1], end + piece.shape[1]
-    return chunks
+            end, room = end + size, room - size
+    return [(start, pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)) for start, pieces in chunks]
 
 
 def _bound(vector: Vector, chunks: list[Chunk], weights: Sequence[float]) -> float:
@@ -192,9 +194,9 @@ def _bound(vector: Vector, chunks: list[Chunk], weights: Sequence[float]) -> flo
         return vector.bound
     whole, size = _are_whole(weights), sum(abs(weight) for weight in weights)
     if not whole and vector.fraction_bits == 0:
-        kind = chunks[0][1][0].dtype
+        kind = chunks[0][1].dtype
         raise ValueError(f"a tensor of {kind} was sent with weight {weights[0]}; whole numbers need whole weights")
-    extremes = [torch.aminmax(pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)) for _, pieces in chunks]
+    extremes = [torch.aminmax(rows) for _, rows in chunks]
     lows, highs = (torch.stack(each) for each in zip(*extremes, strict=True))
     low, high = torch.stack([lows.amin(), highs.amax()]).tolist()  # a GPU is waited for once
     largest = max(-low, high) if isfinite(low) else float("nan")
@@ -210,17 +212,19 @@ def _bound(vector: Vector, chunks: list[Chunk], weights: Sequence[float]) -> flo
 
 
 def _add_chunks(vector: Vector, chunks: list[Chunk], weights: Sequence[float], bound: float) -> Vector:
+    if not chunks:
+        return vector
     whole = _are_whole(weights)
     # what a row is multiplied by before it is rounded, and after
     scales, times = ([1.0] * len(weights), [int(w) for w in weights]) if whole else (list(weights), [1] * len(weights))
-    before, after = np.array(scales), np.array(times)
-    memory = torch.empty(0, dtype=torch.float64 if vector.fraction_bits else torch.int64, device=vector.total.device)
-    for start, pieces in chunks:
-        rows = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+    before, after = torch.tensor(scales, dtype=torch.float64), torch.tensor(times)
+    dtype = torch.float64 if vector.fraction_bits else torch.int64
+    memory = torch.empty(max(rows.numel() for _, rows in chunks), dtype=dtype, device=vector.total.device)
+    for start, rows in chunks:
         total = vector.total[start : start + rows.shape[1]]
         in_one_pass = add_rows() if rows.dtype == torch.float32 and rows.device.type == "cpu" else None
         if in_one_pass is not None:
-            in_one_pass(np.ascontiguousarray(rows), before, after, _MAGIC, total.numpy())
+            in_one_pass(rows, before, after, _MAGIC, total)
         else:
             _add_in_passes(total, rows, vector.fraction_bits, scales, times, memory)
     lifted = sum(times) if vector.fraction_bits else 0
@@ -235,7 +239,8 @@ def _add_in_passes(
     times: Sequence[int],
     memory: torch.Tensor,
 ) -> None:
-    fixed = memory.resize_(rows.shape).copy_(rows)  # the same memory again and again, which stays in the cache
+    # the same memory again and again, which stays in the cache
+    fixed = memory[: rows.numel()].view(rows.shape).copy_(rows)
     if fraction_bits:
         fixed = (fixed if scales[0] == 1 else fixed.mul_(scales[0])).add_(_MAGIC).view(torch.int64)
     alike = len(set(times)) == 1  # as mostly; then one factor does for the sum of the rows

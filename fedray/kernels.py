@@ -15,9 +15,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
+import torch
 
-AddRows = Callable[[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray], None]
+AddRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor], None]
 
 _SOURCE = r"""
 #include <stdint.h>
@@ -27,13 +27,13 @@ _SOURCE = r"""
 __attribute__((target_clones("default", "avx2", "avx512f")))  /* the processor's own, chosen when it is loaded */
 #endif
 void add_rows(const float *restrict rows, const double *restrict scales, const int64_t *restrict times, double lift,
-              int64_t *restrict total, int64_t num_rows, int64_t length)
+              int64_t *restrict total, int64_t num_rows, int64_t length, int64_t stride)
 {
     const int64_t block = 4096;  /* a part of the total stays in the cache while all rows are added to it */
     for (int64_t start = 0; start < length; start += block) {
         const int64_t stop = start + block < length ? start + block : length;
         for (int64_t r = 0; r < num_rows; r++) {
-            const float *row = rows + r * length;
+            const float *row = rows + r * stride;
             const double scale = scales[r];
             const int64_t weight = times[r];
             for (int64_t k = start; k < stop; k++) {
@@ -56,18 +56,20 @@ def add_rows() -> AddRows | None:
 
     ``add(rows, scales, times, lift, total)`` is ``total += times[r] * bits(rows[r] * scales[r] + lift)`` for every row
     r, where ``bits`` are those of a float64, read as a whole number. Rows are float32 (r, n), scales float64 (r,),
-    times int64 (r,), the total int64 (n,), all without gaps.
+    times int64 (r,), the total int64 (n,), all on the CPU; gaps may be between rows only.
     """
     library = _library()
     if library is None:
         return None
     function = library.add_rows
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes, function.restype = [pointer, pointer, pointer, ctypes.c_double, pointer, whole, whole], None
+    function.argtypes = [pointer, pointer, pointer, ctypes.c_double, pointer, whole, whole, whole]
+    function.restype = None
 
-    def add(rows: np.ndarray, scales: np.ndarray, times: np.ndarray, lift: float, total: np.ndarray) -> None:
-        addresses = (array.ctypes.data for array in (rows, scales, times))
-        function(*addresses, lift, total.ctypes.data, *rows.shape)
+    def add(rows: torch.Tensor, scales: torch.Tensor, times: torch.Tensor, lift: float, total: torch.Tensor) -> None:
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        addresses = (tensor.data_ptr() for tensor in (rows, scales, times))
+        function(*addresses, lift, total.data_ptr(), *rows.shape, rows.stride(0))
 
     return add
 

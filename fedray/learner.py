@@ -318,12 +318,12 @@ class Learner:
         """A function from rows of ``examples`` to a batch that is prepared for training."""
         size = sum(column.numel() * max(4, column.element_size()) for column in examples.values())
         if self.task.augments or size > _RESIDENT:
-            return lambda rows: self.prepare({name: column[rows] for name, column in examples.items()}, generator)
+            return lambda rows: self.prepare(_taken(examples, rows), generator)
         whole = self.prepare(examples)
 
         def batch_of(rows: torch.Tensor) -> Columns:
             rows = rows.to(self.device, non_blocking=True)  # once, and without waiting for the steps before it
-            return self._formatted({name: column[rows] for name, column in whole.items()})
+            return self._formatted(_taken(whole, rows))
 
         return batch_of
 
@@ -343,6 +343,10 @@ def seed_draws(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def _taken(columns: Columns, rows: torch.Tensor) -> Columns:
+    return {name: column.index_select(0, rows) for name, column in columns.items()}  # several times faster than [rows]
 
 
 def _running_statistics(model: torch.nn.Module, average: bool) -> dict[str, torch.Tensor]:

@@ -95,40 +95,44 @@ def unknown_layer(model: nn.Module) -> str | None:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T of every client, (clients, n, in) × (clients, out, in); with ``lr``, W's step is made in the backward pass.
+    """x W^T + b of every client, (clients, n, in) × (clients, out, in); with ``lr``, the backward pass makes the step.
 
     A weight gradient of a group is as large as the group's weights. Adding it to them as it is computed saves writing
     and reading it again, which for small batches takes longer than the product. A weight that is used twice waits for
-    its whole gradient.
+    its whole gradient. The bias may be everybody's, (out,), or None.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, of: Pass) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, of: Pass) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.of, ctx.key = of, id(weight)
+        ctx.bias, ctx.of, ctx.key = bias, of, id(weight)
         of.uses[ctx.key] += 1
-        return torch.bmm(x, weight.mT)
+        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        (dy,) = outputs
-        x, weight = ctx.saved_tensors
-        dx = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None
-        if ctx.of.lr is None or ctx.of.uses[ctx.key] > 1:
-            return dx, torch.bmm(dy.mT, x), None  # in the weight's own layout, which makes the step cheaper
-        weight.baddbmm_(dy.mT, x, alpha=-ctx.of.lr)
-        return dx, None, None
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dy,), (x, weight) = outputs, ctx.saved_tensors
+        lr = ctx.of.lr if ctx.of.uses[ctx.key] == 1 else None
+        dx = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None  # before the weight's step
+        dw = db = None
+        if ctx.needs_input_grad[1]:
+            if lr is None:
+                dw = torch.bmm(dy.mT, x)  # in the weight's own layout, which makes the step cheaper
+            else:
+                weight.baddbmm_(dy.mT, x, alpha=-lr)
+        if ctx.needs_input_grad[2]:
+            db = dy.sum(1)
+            if lr is not None:
+                ctx.bias.sub_(db, alpha=lr)
+                db = None
+        return dx, dw, db, None
 
 
 def _linear(layer: nn.Linear, own: Own, of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
-    if "weight" in own:
-        weight = own["weight"]
-        y = _Product.apply(x.reshape(len(weight), -1, x.shape[-1]), weight, of()).view(*x.shape[:-1], -1)
-    else:
-        y = F.linear(x, layer.weight)
-    return _plus(y, own.get("bias"), layer.bias)
+    if "weight" not in own:
+        return _plus(F.linear(x, layer.weight), own.get("bias"), layer.bias)
+    weight, bias = own["weight"], own.get("bias", layer.bias)
+    return _Product.apply(x.reshape(len(weight), -1, x.shape[-1]), weight, bias, of()).view(*x.shape[:-1], -1)
 
 
 def _layer_norm(layer: nn.LayerNorm, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:

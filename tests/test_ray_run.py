@@ -32,9 +32,16 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def called(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended just now
+        return ""
+
+
 def only(processes, name):
-    found = [p for p in processes if name in " ".join(p.cmdline())]
-    assert found, f"no process {name} among {[p.cmdline() for p in processes]}"
+    found = [p for p in processes if name in called(p)]
+    assert found, f"no process {name} among {[called(p) for p in processes]}"
     return found
 
 
@@ -44,7 +51,7 @@ def kill_a_worker_and_then_the_command(process: subprocess.Popen, folder: Path) 
     only(family(process), "WorkerActor")[0].send_signal(signal.SIGKILL)
     wait_for_round(folder, 5, process)
     # Ray's two agents notice for themselves, within minutes
-    everybody = [member for member in family(process) if "Agent" not in " ".join(member.cmdline())]
+    everybody = [member for member in family(process) if "Agent" not in called(member)]
     process.send_signal(signal.SIGKILL)
     process.wait(DEADLINE)
     return psutil.wait_procs(everybody, timeout=DEADLINE)[1]

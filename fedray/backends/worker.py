@@ -88,7 +88,7 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
         for unit in share:
             began = time.perf_counter()
             begin(len(unit))
-            clients = [replace(client, state=_to(client.state, learner.device)) for client in unit]
+            clients = [_there(client, learner.device) for client in unit]
             group = added = None
             if len(clients) > 1:
                 with clock("train"):
@@ -147,6 +147,10 @@ def _time_limit(seconds: float | None) -> Iterator[Callable[[int], None]]:
 def members(share: Sequence[Unit]) -> list[Client]:
     """The clients of a share, in order."""
     return [client for unit in share for client in unit]
+
+
+def _there(client: Client, device: torch.device) -> Client:
+    return client if client.state is None else replace(client, state=_to(client.state, device))
 
 
 def _update_client(learner: Learner, job: Job, broadcast: Any, client: Client) -> ClientResult:

@@ -84,7 +84,7 @@ class Classification:
             (torch.tensor(each).view(shape) * scale).to(x.device, non_blocking=True)
             for each in (self.data.mean, self.data.std)
         )
-        return {**examples, "x": (x.to(torch.float32) - mean) / std}
+        return {**examples, "x": (x.to(torch.float32) - mean).div_(std)}
 
     def loss(self, model: torch.nn.Module, batch: Columns) -> torch.Tensor:
         """Mean cross-entropy."""

@@ -210,15 +210,15 @@ class RayBackend:
             yield from call(shares, 1)
             return
         with self.clock("broadcast"):
-            common = ray.cloudpickle.dumps((told, broadcast))
+            line.ask((told, broadcast), shares)
         lost: list[list[Unit]] = []
-        for place, answer in line.ask(common, [ray.cloudpickle.dumps(share) for share in shares]):
+        for place, answer in line.answers():
             share, worker = shares[place], line.workers[place]
             if answer is None:
                 lost += self._crew.parts_of(share, worker)
                 continue
             with self.clock("merge"):
-                result = (*ray.cloudpickle.loads(answer), [])
+                result = (*answer(), [])
             yield Done(share, result, worker)
         if lost:
             self._end_line()

@@ -11,7 +11,7 @@ import torch
 
 from fedray.backends.ray.line import serve
 from fedray.backends.ray.tensors import travel_as_arrays
-from fedray.backends.worker import Job, Unit, fold, keep_freed_memory, map_items
+from fedray.backends.worker import Job, Partial, Unit, fold, keep_freed_memory, map_items
 from fedray.execution import Execution
 from fedray.hardware import device_of
 from fedray.learner import Learner, Task
@@ -67,12 +67,12 @@ class WorkerActor:
         learner = self._learner
         assert learner is not None  # only those who are up are asked to join
 
-        def answer(common: bytes, own: bytes) -> bytes:
+        def answer(common: tuple[bytes, Any], share: list[Unit]) -> tuple[Partial, Any]:
             torch.set_num_threads(self._threads)  # of this thread
-            job, broadcast = ray.cloudpickle.loads(common)
+            job, broadcast = common
             with self._busy:
-                partial, accumulator, _ = fold(learner, self._loaded(job), broadcast, ray.cloudpickle.loads(own))
-            return ray.cloudpickle.dumps((partial, accumulator))
+                partial, accumulator, _ = fold(learner, self._loaded(job), broadcast, share)
+            return partial, accumulator
 
         serve(address, place, answer)
 
