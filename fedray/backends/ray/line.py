@@ -112,9 +112,10 @@ class Line:
         """Say something to all workers, and something of its own to each of the first ones, who will answer."""
         self.idle = False
         said = self._outbox.put(common)
-        for place, mine in enumerate(own):
+        messages = [ray.cloudpickle.dumps((said, mine)) for mine in own]
+        for place, message in enumerate(messages):  # one right after the other, or the last worker would begin late
             with suppress(OSError):  # it died, which its answer shows
-                self._connections[place].send((said, ray.cloudpickle.dumps(mine)))
+                self._connections[place].send_bytes(message)
         self._asked = len(own)
 
     def answers(self) -> Iterator[tuple[int, Callable[[], Any] | None]]:
@@ -170,9 +171,11 @@ def serve(address: str, place: int, answer: Callable[[Any, Any], Any]) -> None:
     send_handle(connection, outbox.descriptor, None)
 
     def loop() -> None:
+        with suppress(AttributeError, OSError):  # on Linux: who is asked does not push who asks off the core
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         with connection, closing(outbox), suppress(EOFError, OSError), closing(Inbox(recv_handle(connection))) as inbox:
             while True:
-                said, own = connection.recv()
-                connection.send(outbox.put(answer(inbox.take(said), ray.cloudpickle.loads(own))))
+                said, own = ray.cloudpickle.loads(connection.recv_bytes())
+                connection.send(outbox.put(answer(inbox.take(said), own)))
 
     threading.Thread(target=loop, daemon=True).start()
