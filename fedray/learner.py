@@ -212,6 +212,7 @@ class Learner:
                     "a group trains with its task's loss and examples, without noise, and keeps no moments; "
                     "call map_reduce without grouped=True"
                 )
+            seed_draws(client.members[0].seed, self.device)
             return train_group(self, start, client, local, correction, proximal, only)
         if privacy is not None and privacy.unit == "example" and self._buffers:
             raise ValueError(

@@ -94,6 +94,10 @@ def unknown_layer(model: nn.Module) -> str | None:
     return None
 
 
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
+
+
 class _Product(torch.autograd.Function):
     """x W^T + b of every client, (clients, n, in) × (clients, out, in); with ``lr``, the backward pass makes the step.
 
@@ -107,7 +111,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.bias, ctx.of, ctx.key = bias, of, id(weight)
         of.uses[ctx.key] += 1
-        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -132,7 +136,11 @@ def _linear(layer: nn.Linear, own: Own, of: Callable[[], Pass], x: torch.Tensor)
     if "weight" not in own:
         return _plus(F.linear(x, layer.weight), own.get("bias"), layer.bias)
     weight, bias = own["weight"], own.get("bias", layer.bias)
-    return _Product.apply(x.reshape(len(weight), -1, x.shape[-1]), weight, bias, of()).view(*x.shape[:-1], -1)
+    rows = x.reshape(len(weight), -1, x.shape[-1])
+    # autocast casts what PyTorch's own operations get and their gradients, but knows nothing of ours
+    mixed = torch.is_autocast_enabled(x.device.type)
+    y = _product(rows, weight, bias) if mixed else _Product.apply(rows, weight, bias, of())
+    return y.view(*x.shape[:-1], -1)
 
 
 def _layer_norm(layer: nn.LayerNorm, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:

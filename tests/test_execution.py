@@ -10,12 +10,14 @@ from problems import PROBLEMS, Exam, assert_same_bits, train
 from torch import nn
 
 from fedray import exact, runs
+from fedray.aggregators import mean
 from fedray.algorithm import Client, ClientResult
 from fedray.backends import worker
 from fedray.backends.serial import SerialBackend
 from fedray.errors import ConfigError, FedrayError
 from fedray.execution import Execution
 from fedray.experiment import plan
+from fedray.groups import Group, member
 from fedray.learner import Learner
 from fedray.local_training import LocalTraining
 from fedray.models.classifier import Classifier
@@ -144,6 +146,34 @@ def test_in_mixed_precision_the_number_of_shares_changes_no_bit(group):
         for shares in (1, 3)
     ]
     assert_same_bits(*states)
+
+
+def test_in_mixed_precision_a_group_trains_in_one_call_as_its_members_do():
+    task = PROBLEMS["blobs"]()
+    learner = Learner(task, "cpu", Execution(group=4, precision="bfloat16"))
+    members, start = tuple(Client(k, 1) for k in range(3)), learner.params()
+    for momentum in (0.0, 0.5):
+        local = LocalTraining(local_lr=0.2, batch_size=8, local_momentum=momentum)
+        together = learner.train(start, Group(members, None), local)
+        for k, client in enumerate(members):
+            alone = learner.train(start, client, local)
+            x, y, z = map(flatten, (start, alone.params, member(together.params, k)))
+            assert (z - y).norm() < 0.02 * (y - x).norm()
+
+
+@pytest.mark.parametrize("fails", ["together", "alone"])
+def test_who_trains_one_by_one_but_not_together_is_told_of(fails, caplog):
+    def update(learner, broadcast, client):
+        if fails == "alone" or isinstance(client, Group):
+            raise TypeError("not like this")
+        return ClientResult({"x": torch.ones(2)}, 1.0)
+
+    job = worker.Job(update, mean(), keeps_state=False, drop_failures=True)
+    worker._tell_of_slowness.cache_clear()
+    for _ in range(2):
+        partial, _, _ = worker.fold(Learner(PROBLEMS["blobs"](), "cpu"), job, {}, [[Client(0, 1), Client(1, 1)]])
+    assert len(partial.failures) == (2 if fails == "alone" else 0)
+    assert caplog.text.count("set group=1 (TypeError: not like this)") == (0 if fails == "alone" else 1)
 
 
 def test_what_a_worker_hands_over_is_moved_whole():

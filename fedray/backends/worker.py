@@ -2,12 +2,14 @@
 
 import ctypes
 import faulthandler
+import logging
 import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +22,8 @@ from fedray.errors import ClientError
 from fedray.groups import Group, stack, unstack
 from fedray.learner import Learner, seed_draws
 from fedray.trees import Tree
+
+logger = logging.getLogger(__name__)
 
 Unit = list[Client]  # clients that one call trains: a group, or one
 
@@ -90,9 +94,10 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
             begin(len(unit))
             clients = [_there(client, learner.device) for client in unit]
             group = added = None
+            why, failed_before = "", len(failures)
             if len(clients) > 1:
                 with clock("train"):
-                    group = _update_group(learner, job, broadcast, clients)
+                    group, why = _update_group(learner, job, broadcast, clients)
             if group is not None and _versions(broadcast) == versions:
                 with clock("accumulate"):
                     added = _add_group(job, (accumulator, totals), clients, group)
@@ -120,6 +125,8 @@ def fold(learner: Learner, job: Job, broadcast: Any, share: Sequence[Unit]) -> t
                 if failures and (failures[-1].fatal or not job.drop_failures):
                     return Partial(totals, tuple(failures)), accumulator, states
                 states.append(state)
+            if why and len(failures) == failed_before:
+                _tell_of_slowness(why)
             took.append(time.perf_counter() - began)
     keepers = frozenset(c.slot for c, state in zip(members(share), states, strict=True) if state is not None)
     partial = Partial(totals, tuple(failures), keepers, tuple(took), size_of(accumulator), clock.take())
@@ -161,16 +168,25 @@ def _update_client(learner: Learner, job: Job, broadcast: Any, client: Client) -
     return result
 
 
-def _update_group(learner: Learner, job: Job, broadcast: Any, clients: list[Client]) -> ClientResult | None:
-    """The stacked result of clients that train in one call; None if it fails: one by one shows whose fault it is."""
+def _update_group(learner: Learner, job: Job, broadcast: Any, clients: list[Client]) -> tuple[ClientResult | None, str]:
+    """The stacked result of clients that train in one call; None, and why, if it fails: one by one shows whose fault it
+    is."""
     states = [client.state for client in clients if client.state is not None]
     group = Group(tuple(clients), stack(states) if states else None)
+    seed_draws(clients[0].seed, learner.device)
     try:
         result = job.client_update(learner, broadcast, cast(Client, group))
         _check(job, clients[0], result, _versions(clients[0].state))
-    except Exception:
-        return None
-    return result
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+    return result, ""
+
+
+@cache
+def _tell_of_slowness(why: str) -> None:
+    logger.warning(
+        "clients that train one by one cannot train together, which is tried again and again: set group=1 (%s)", why
+    )
 
 
 def _add_group(job: Job, sums: tuple[Any, Any], clients: list[Client], group: ClientResult) -> tuple[Any, Any] | None:
