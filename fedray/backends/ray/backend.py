@@ -210,9 +210,9 @@ class RayBackend:
             yield from call(shares, 1)
             return
         with self.clock("broadcast"):
-            line.ask((told, broadcast), shares)
+            answers = line.ask((told, broadcast), shares)
         lost: list[list[Unit]] = []
-        for place, answer in line.answers():
+        for place, answer in answers:
             share, worker = shares[place], line.workers[place]
             if answer is None:
                 lost += self._crew.parts_of(share, worker)

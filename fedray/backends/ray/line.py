@@ -47,12 +47,12 @@ class Outbox:
         buffers: list[Any] = []
         rest = ray.cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         parts = [buffer.raw() for buffer in buffers]
-        ends = list(accumulate((-(-part.nbytes // _ALIGNED) * _ALIGNED for part in parts), initial=0))
-        if ends[-1] > len(self._memory):
-            self._grow(ends[-1])
-        for start, part in zip(ends, parts, strict=False):
+        offsets = list(accumulate((-(-part.nbytes // _ALIGNED) * _ALIGNED for part in parts), initial=0))
+        if offsets[-1] > len(self._memory):
+            self._grow(offsets[-1])
+        for start, part in zip(offsets, parts, strict=False):
             self._memory[start : start + part.nbytes] = part
-        return rest, [part.nbytes for part in parts], ends
+        return rest, [part.nbytes for part in parts], offsets
 
     def close(self) -> None:
         """Let go of it; who reads it keeps it."""
@@ -71,11 +71,11 @@ class Inbox:
 
     def take(self, found_by: Found) -> Any:
         """The value, which is the receiver's own: it stays as it is when another one is written."""
-        rest, sizes, ends = found_by
-        if ends[-1] > len(self._memory):
+        rest, sizes, offsets = found_by
+        if offsets[-1] > len(self._memory):
             self._map()
-        own = memoryview(bytearray(memoryview(self._memory)[: ends[-1]]))
-        parts = [own[start : start + size] for start, size in zip(ends, sizes, strict=False)]
+        own = memoryview(bytearray(memoryview(self._memory)[: offsets[-1]]))
+        parts = [own[start : start + size] for start, size in zip(offsets, sizes, strict=False)]
         return ray.cloudpickle.loads(rest, buffers=parts)
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class Line:
 
     def __init__(self, workers: Sequence[Any]) -> None:
         self.workers, self.idle = list(workers), True
-        self._outbox, self._asked = Outbox(), 0
+        self._outbox = Outbox()
         with Listener(family="AF_UNIX", backlog=len(self.workers)) as listener:
             ray.get([w.join.remote(listener.address, place) for place, w in enumerate(self.workers)], timeout=_JOIN)
             joined = [listener.accept() for _ in self.workers]  # they wait there already
@@ -108,20 +108,23 @@ class Line:
         for connection in joined:
             send_handle(connection, self._outbox.descriptor, None)
 
-    def ask(self, common: Any, own: Sequence[Any]) -> None:
-        """Say something to all workers, and something of its own to each of the first ones, who will answer."""
+    def ask(self, common: Any, own: Sequence[Any]) -> Iterator[tuple[int, Callable[[], Any] | None]]:
+        """Say something to all workers, and something of its own to each of the first ones; their answers as they come.
+
+        Returns:
+            The place of each who was asked, and a function that reads its answer, which is there until the next
+            question; None of one that died.
+        """
         self.idle = False
         said = self._outbox.put(common)
         messages = [ray.cloudpickle.dumps((said, mine)) for mine in own]
         for place, message in enumerate(messages):  # one right after the other, or the last worker would begin late
             with suppress(OSError):  # it died, which its answer shows
                 self._connections[place].send_bytes(message)
-        self._asked = len(own)
+        return self._answers(len(own))
 
-    def answers(self) -> Iterator[tuple[int, Callable[[], Any] | None]]:
-        """The place of each worker that was asked, as they are through, and a function that reads its answer; None of
-        one that died. An answer is there until the next question."""
-        asked = {self._connections[place]: place for place in range(self._asked)}
+    def _answers(self, count: int) -> Iterator[tuple[int, Callable[[], Any] | None]]:
+        asked = {self._connections[place]: place for place in range(count)}
         told = False
         while asked:
             ready = wait(list(asked), QUIET)
