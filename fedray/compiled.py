@@ -6,6 +6,7 @@ import torch
 
 from fedray.errors import FedrayError
 from fedray.precision import InBfloat16
+from fedray.trees import Params
 
 if TYPE_CHECKING:
     from fedray.learner import Columns, LossFunction, Task
@@ -24,7 +25,7 @@ class CompiledStep:
         size: Examples of a batch.
     """
 
-    def __init__(self, task: "Task", model: torch.nn.Module, trained: dict[str, torch.nn.Parameter], size: int) -> None:
+    def __init__(self, task: "Task", model: torch.nn.Module, trained: Params, size: int) -> None:
         assert task.losses is not None  # or compiling would have been refused
         self._task, self._params, self._size = task, trained, size
         self._whole = whole = _Losses(task.losses, model)

@@ -13,7 +13,7 @@ class Execution:
     Args:
         group: Clients that train in one call, where the algorithm allows it; auto by a rule of the model's layers.
         compile: Compile the training step of clients that train one by one (torch.compile); minutes at the first run.
-        channels_last: Keep images with the channels in the last place; auto for convolutions in bfloat16.
+        channels_last: Keep images with the channels in the last place; auto for models with convolutions.
         precision: float32, or bfloat16 for mixed precision: faster on GPUs of 2020 and later, mostly slower on CPUs.
         cuda_graphs: On a GPU, record the step of clients that train one by one, where it can be; the same bytes.
     """
@@ -37,8 +37,7 @@ class Execution:
         """Whether images of this model have the channels in the last place."""
         if self.channels_last != "auto":
             return self.channels_last
-        # in float32 it gains little or nothing, and adds in another order than everybody else
-        return self.precision == "bfloat16" and any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+        return any(isinstance(module, torch.nn.Conv2d) for module in model.modules())
 
 
 ONE_BY_ONE = Execution(group=1)

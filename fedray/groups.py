@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fedray.algorithm import Client, ClientResult
+from fedray.dense import StepInBackward
 from fedray.local_training import LocalResult, LocalTraining, num_examples, stepper
 from fedray.stacked import StackedModel, unknown_layer
 from fedray.trees import Params, Tree, tree_map
@@ -188,9 +189,7 @@ def train(
     }
     moving = {name: p for name, p in params.items() if p.requires_grad}
     model, leaves = learner.stacked(), list(moving.values())
-    # a step that is nothing but lr times the gradient is made by the backward pass, as far as it can
-    plain = local.is_plain_sgd and correction is None and not proximal
-    lr = local.lr(group.round)
+    lr = local.lr(group.round) if local.is_plain_sgd and not proximal else None
     step = stepper(leaves, moving, start, local, group.round, correction, proximal, stacked=True)
     num_steps, num_seen = np.zeros(count, int), np.zeros(count, int)
     total_loss = torch.zeros(count, device=learner.device)
@@ -198,18 +197,13 @@ def train(
     assert losses is not None  # or the task would not be grouped
     lengths, batches = _batches(learner, group, local)
     for batch, weight, sizes in batches:
-        each = model.run(params, losses, batch, lr if plain else None)
+        early = StepInBackward()
+        each = model.run(params, losses, batch, early)
         own = (each.view(count, -1) * weight).sum(1)
-        gradients = torch.autograd.grad(own.sum(), leaves, allow_unused=True)
+        gradients = early.grad(own.sum(), leaves, lr)
         held = torch.from_numpy(sizes).to(learner.device, torch.float32, non_blocking=True)
         with torch.no_grad():
-            if plain:  # who is done has no gradient
-                left = [(p, g) for p, g in zip(leaves, gradients, strict=True) if g is not None]
-                if left:
-                    torch._foreach_add_(*map(list, zip(*left, strict=True)), alpha=-lr)
-            else:
-                whole = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True)]
-                step(whole, None if (sizes > 0).all() else held.sign())
+            step(gradients, None if (sizes > 0).all() else held.sign())
             total_loss += own.detach() * held
         num_steps += sizes > 0
         num_seen += sizes

@@ -1,15 +1,18 @@
 """Local training. The model is scratch space: every call first loads the params that it is given."""
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from fedray import channels_last
 from fedray.algorithm import Client, Metrics
 from fedray.clock import Clock
 from fedray.compiled import CompiledStep
+from fedray.dense import StepInBackward, dense_layers, stepping
 from fedray.errors import ConfigError
 from fedray.execution import ONE_BY_ONE, Execution
 from fedray.frozen import past_frozen
@@ -28,7 +31,6 @@ Columns = dict[str, torch.Tensor]  # examples: tensors that share their first di
 LossFunction = Callable[[torch.nn.Module, Columns], torch.Tensor]
 
 _BLOCK = 256  # examples evaluated at a time
-_FEW = 64  # rows of a batch, up to which they are indexed
 _RESIDENT = 1 << 26  # bytes of a client's examples, up to which they are prepared once and not batch by batch
 
 
@@ -113,13 +115,12 @@ class Learner:
     def __init__(self, task: Task, device: str = "auto", execution: Execution = ONE_BY_ONE) -> None:
         self.device = device_of(device)
         self.task, model = past_frozen(task, task.model().to(self.device))
-        last = execution.puts_channels_last(model)
         self._exact = self.task
         if execution.precision == "bfloat16":
             self.task = InBfloat16(self.task, self.device)
-        self._format = torch.channels_last if last else torch.contiguous_format
-        self.model = model.to(memory_format=self._format) if last else model  # type: ignore[call-overload]
-        self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._channels_last = execution.puts_channels_last(model)
+        self.model = channels_last.lay_out(model) if self._channels_last else model
+        self._trained: Params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._buffers = _running_statistics(self.model, task.average_buffers)
         self._frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
         self._pretrained: dict[str, torch.Tensor] = {}  # of frozen params that are another's for now
@@ -222,13 +223,38 @@ class Learner:
             )
         if loss is not None and isinstance(self.task, InBfloat16):
             loss = self.task.mixed(loss)
+        plain = local.is_plain_sgd and not proximal and privacy is None
+        alone = partial(
+            self._train_alone, start, client, local, correction, proximal, loss, examples, only, privacy, moments
+        )
+        # a recorded step gives its gradients away, and a GPU's memory is fast
+        if plain and self.device.type == "cpu" and not self._compiles:
+            with suppress(RuntimeError):  # a weight was written to that the backward pass had yet to read elsewhere
+                return alone(local.lr(client.round))
+        return alone(None)
+
+    def _train_alone(
+        self,
+        start: Params,
+        client: Client,
+        local: LocalTraining,
+        correction: Params | None,
+        proximal: float,
+        loss: LossFunction | None,
+        examples: Columns | None,
+        only: Collection[str] | None,
+        privacy: Mechanism | None,
+        moments: Params | None,
+        lr: float | None,
+    ) -> LocalResult:
+        """``train`` for one client; with ``lr``, the backward pass steps the weights of dense layers."""
         self.load(start).train()
         params = {name: p for name, p in self._trained.items() if only is None or name in only}
         step = stepper(list(params.values()), params, start, local, client.round, correction, proximal, moments=moments)
         examples = self.task.examples(client.id) if examples is None else examples
         length = num_examples(examples)
         recorded = self._records and loss is None and privacy is None  # some mechanisms keep several steps' gradients
-        gradients_of, batches_of = self._gradients(params, local.batch_size, loss, recorded), local.batches
+        gradients_of, batches_of = self._gradients(params, local.batch_size, loss, recorded, lr), local.batches
         if privacy is not None:
             each, expected = self._examples_gradients(params, gradients_of, loss), local.rate(length) * length
             gradients_of = private(gradients_of, each, params, privacy, expected, client.seed)
@@ -248,19 +274,22 @@ class Learner:
         return LocalResult(self.params(), num_steps, length, total_loss.item() / max(1, num_seen))
 
     def _gradients(
-        self, params: Params, size: int, loss: LossFunction | None, recorded: bool = False
+        self, params: Params, size: int, loss: LossFunction | None, recorded: bool = False, lr: float | None = None
     ) -> Callable[..., tuple[torch.Tensor, Gradients]]:
         """The mean loss of the scratch model over a batch, and its gradients: a function of ``ready``'s and of rows."""
-        loss_of = loss or self.task.loss
+        loss_of, leaves = loss or self.task.loss, list(params.values())
+        layers = dense_layers(self.model, leaves) if lr is not None else []
 
         def of_batch(batch: Columns) -> tuple[torch.Tensor, Gradients]:
-            batch_loss = loss_of(self.model, batch)
-            return batch_loss.detach(), torch.autograd.grad(batch_loss, list(params.values()), materialize_grads=True)
+            early = StepInBackward()
+            with stepping(layers, early):
+                batch_loss = loss_of(self.model, batch)
+            return batch_loss.detach(), early.grad(batch_loss, leaves, lr)
 
         if loss is not None or not self._compiles:
             compute: Callable[[Columns], tuple[torch.Tensor, Gradients]] = of_batch
             if recorded and not self._pretrained:  # frozen params of another's would lie elsewhere
-                made = RecordedStep(of_batch, list(params.values()), self.model)
+                made = RecordedStep(of_batch, leaves, self.model)
                 compute = self._recorded.setdefault(tuple(params), made)
             return lambda batch_of, rows: compute(batch_of(rows))
         if size not in self._compiled:
@@ -325,18 +354,12 @@ class Learner:
 
         def batch_of(rows: torch.Tensor) -> Columns:
             rows = rows.to(self.device, non_blocking=True)  # once, and without waiting for the steps before it
-            # many rows (a group's) are copied several times faster by index_select, but a CNN's client takes
-            # a few percent longer after it: measured, and not understood
-            few = len(rows) <= _FEW
-            return self._formatted({n: x[rows] if few else x.index_select(0, rows) for n, x in whole.items()})
+            return {name: channels_last.select(x, rows) for name, x in whole.items()}
 
         return batch_of
 
     def _formatted(self, batch: Columns) -> Columns:
-        if self._format is not torch.channels_last:
-            return batch
-        images = {name: x.contiguous(memory_format=self._format) for name, x in batch.items() if x.dim() == 4}
-        return {**batch, **images}
+        return {name: channels_last.laid_out(x) for name, x in batch.items()} if self._channels_last else batch
 
     def _blocks(self, examples: Columns) -> Iterator[Columns]:
         for start in range(0, num_examples(examples), _BLOCK):

@@ -68,13 +68,8 @@ class LocalTraining:
     @property
     def is_plain_sgd(self) -> bool:
         """Whether a step is the gradient times the learning rate, and nothing else."""
-        return not (
-            self.local_optimizer != "sgd"
-            or self.local_momentum
-            or self.weight_decay
-            or self.max_grad_norm is not None
-            or self.local_cosine_steps is not None
-        )
+        others = self.local_momentum or self.weight_decay or self.max_grad_norm or self.local_cosine_steps
+        return self.local_optimizer == "sgd" and not others
 
     def lr(self, round: int) -> float:
         """The learning rate of a round (1-based)."""
@@ -173,6 +168,7 @@ def stepper(
 
     Returns:
         ``step(gradients, active=None)``; of stacked params, ``active`` is 1 for the clients that move and 0 for others.
+        A gradient may be None where the backward pass has made its step (`fedray.dense`).
     """
     top, velocity, count = local.lr(round), list[torch.Tensor](), itertools.count()
     names, device = list(names), params[0].device
@@ -189,7 +185,7 @@ def stepper(
     def step(gradients: Gradients, active: torch.Tensor | None = None) -> None:
         lr = top * local.factor(next(count))
         if shift:
-            gradients = torch._foreach_add(gradients, shift)
+            gradients = [c if g is None else g + c for g, c in zip(gradients, shift, strict=True)]
         if proximal:
             gradients = torch._foreach_add(gradients, torch._foreach_sub(params, anchor), alpha=proximal)
         if local.max_grad_norm is not None:
@@ -217,11 +213,12 @@ def stepper(
                 velocity.extend(torch._foreach_mul(gradients, 1.0))
             ahead = local.local_nesterov
             gradients = torch._foreach_add(gradients, velocity, alpha=local.local_momentum) if ahead else velocity
-        if active is None:
-            torch._foreach_add_(params, gradients, alpha=-lr)
-            return
-        for param, gradient in zip(params, gradients, strict=True):
-            param.addcmul_(gradient, rows(active, param), value=-lr)
+        left = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
+        if active is None and left:
+            torch._foreach_add_(*map(list, zip(*left, strict=True)), alpha=-lr)
+        elif active is not None:
+            for param, gradient in left:
+                param.addcmul_(gradient, rows(active, param), value=-lr)
 
     def clipped(gradients: Gradients, max_norm: float) -> Gradients:
         if not stacked:

@@ -7,9 +7,7 @@ client's own weights. On a processor this is several times faster than a functio
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,20 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedray.dense import StepInBackward, dense
+
 Own = dict[str, torch.Tensor]  # a layer's trained params by their names in the layer, each (clients, ...)
-
-
-@dataclass
-class Pass:
-    """What the layers know of the forward pass in progress: the step to make in its backward pass, and for what.
-
-    Attributes:
-        lr: Learning rate of the step; None for no step.
-        uses: How often each weight has been multiplied by, by the weight's `id`.
-    """
-
-    lr: float | None = None
-    uses: Counter[int] = field(default_factory=Counter)
 
 
 class StackedModel:
@@ -50,21 +37,21 @@ class StackedModel:
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen})
         self._slots: dict[str, tuple[Own, str]] = {}
-        self._pass = Pass()
+        self._early: StepInBackward | None = None
         for path, layer in self.model.named_modules():
             own: Own = {}
             for name, p in layer.named_parameters(recurse=False):
                 if p.requires_grad:
                     self._slots[f"{path}.{name}" if path else name] = own, name
             if any(slot is own for slot, _ in self._slots.values()):
-                layer.forward = partial(LAYERS[type(layer)], layer, own, lambda: self._pass)
+                layer.forward = partial(LAYERS[type(layer)], layer, own, lambda: self._early)
 
     def run(
         self,
         params: Mapping[str, torch.Tensor],
         fn: Callable[[nn.Module, Any], torch.Tensor],
         batch: Any,
-        lr: float | None = None,
+        early: StepInBackward | None = None,
     ) -> torch.Tensor:
         """``fn(model, batch)`` with ``params``, each of shape (clients, ...).
 
@@ -72,10 +59,9 @@ class StackedModel:
             params: Every trained parameter by name.
             fn: What to compute.
             batch: Of what; its tensors have the shape (clients·n, ...).
-            lr: If given, the backward pass may subtract lr times its gradient from a parameter as soon as it is known,
-                and then has no gradient for it.
+            early: What the backward pass may make of the step.
         """
-        self._pass = Pass(lr)
+        self._early = early or StepInBackward()
         for name, (own, short) in self._slots.items():
             own[short] = params[name]
         try:
@@ -94,73 +80,34 @@ def unknown_layer(model: nn.Module) -> str | None:
     return None
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b of every client, (clients, n, in) × (clients, out, in); with ``lr``, the backward pass makes the step.
-
-    A weight gradient of a group is as large as the group's weights. Adding it to them as it is computed saves writing
-    and reading it again, which for small batches takes longer than the product. A weight that is used twice waits for
-    its whole gradient. The bias may be everybody's, (out,), or None.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, of: Pass) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.of, ctx.key = bias, of, id(weight)
-        of.uses[ctx.key] += 1
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dy,), (x, weight) = outputs, ctx.saved_tensors
-        lr = ctx.of.lr if ctx.of.uses[ctx.key] == 1 else None
-        dx = torch.bmm(dy, weight) if ctx.needs_input_grad[0] else None  # before the weight's step
-        dw = db = None
-        if ctx.needs_input_grad[1]:
-            if lr is None:
-                dw = torch.bmm(dy.mT, x)  # in the weight's own layout, which makes the step cheaper
-            else:
-                weight.baddbmm_(dy.mT, x, alpha=-lr)
-        if ctx.needs_input_grad[2]:
-            db = dy.sum(1)
-            if lr is not None:
-                ctx.bias.sub_(db, alpha=lr)
-                db = None
-        return dx, dw, db, None
-
-
-def _linear(layer: nn.Linear, own: Own, of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
+def _linear(layer: nn.Linear, own: Own, early: Callable[[], StepInBackward], x: torch.Tensor) -> torch.Tensor:
     if "weight" not in own:
         return _plus(F.linear(x, layer.weight), own.get("bias"), layer.bias)
-    weight, bias = own["weight"], own.get("bias", layer.bias)
-    rows = x.reshape(len(weight), -1, x.shape[-1])
-    # autocast casts what PyTorch's own operations get and their gradients, but knows nothing of ours
-    mixed = torch.is_autocast_enabled(x.device.type)
-    y = _product(rows, weight, bias) if mixed else _Product.apply(rows, weight, bias, of())
+    weight = own["weight"]
+    y = dense(x.reshape(len(weight), -1, x.shape[-1]), weight, own.get("bias", layer.bias), early())
     return y.view(*x.shape[:-1], -1)
 
 
-def _layer_norm(layer: nn.LayerNorm, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
+def _layer_norm(layer: nn.LayerNorm, own: Own, _early: Callable[[], StepInBackward], x: torch.Tensor) -> torch.Tensor:
     y = F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
     return _plus(_times(y, own.get("weight"), layer.weight), own.get("bias"), layer.bias)
 
 
-def _group_norm(layer: nn.GroupNorm, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
+def _group_norm(layer: nn.GroupNorm, own: Own, _early: Callable[[], StepInBackward], x: torch.Tensor) -> torch.Tensor:
     y = F.group_norm(x, layer.num_groups, None, None, layer.eps).movedim(1, -1)
     return _plus(_times(y, own.get("weight"), layer.weight), own.get("bias"), layer.bias).movedim(-1, 1)
 
 
-def _embedding(layer: nn.Embedding, own: Own, _of: Callable[[], Pass], index: torch.Tensor) -> torch.Tensor:
+def _embedding(
+    layer: nn.Embedding, own: Own, _early: Callable[[], StepInBackward], index: torch.Tensor
+) -> torch.Tensor:
     weight = own["weight"]
     first = torch.arange(len(weight), device=index.device) * layer.num_embeddings
     rows = index.reshape(len(weight), -1) + first[:, None]
     return F.embedding(rows, weight.flatten(0, 1)).view(*index.shape, -1)
 
 
-def _conv2d(layer: nn.Conv2d, own: Own, _of: Callable[[], Pass], x: torch.Tensor) -> torch.Tensor:
+def _conv2d(layer: nn.Conv2d, own: Own, _early: Callable[[], StepInBackward], x: torch.Tensor) -> torch.Tensor:
     if "weight" in own:
         weight = own["weight"]
         count = len(weight)

@@ -14,6 +14,7 @@ from fedray.aggregators import mean
 from fedray.algorithm import Client, ClientResult
 from fedray.backends import worker
 from fedray.backends.serial import SerialBackend
+from fedray.channels_last import laid_out, select
 from fedray.errors import ConfigError, FedrayError
 from fedray.execution import Execution
 from fedray.experiment import plan
@@ -98,13 +99,24 @@ def test_what_cannot_be_compiled_is_refused():
         plan(values)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_where_the_channels_are_changes_nothing_but_rounding(channels_last):
-    convolution = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten())
-    task = replace(PROBLEMS["images"](), build=lambda: Classifier(copy.deepcopy(convolution), 36, 3))
-    plain, other = Learner(task, "cpu"), Learner(task, "cpu", Execution(1, channels_last=channels_last))
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("rows", [[1, 2], [4]])
+def test_rows_of_images_keep_their_format(channels, rows):
+    x, rows = torch.rand(5, channels, 6, 7), torch.tensor(rows)
+    for each in (x, laid_out(x)):
+        found = select(each, rows)
+        assert torch.equal(found, x[rows])
+        assert found.stride()[1:] == each.stride()[1:]
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(2)])
+@pytest.mark.parametrize("channels_last", [True, "auto"])
+def test_where_the_channels_are_changes_nothing_but_rounding(channels_last, pool):
+    convolution = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), pool, nn.Flatten())
+    task = replace(PROBLEMS["images"](), build=lambda: Classifier(copy.deepcopy(convolution), 16, 3))
+    plain, other = (Learner(task, "cpu", Execution(1, channels_last=last)) for last in (False, channels_last))
     weight = next(p for p in other.model.parameters() if p.dim() == 4)
-    assert weight.is_contiguous(memory_format=torch.channels_last) or not channels_last
+    assert weight.is_contiguous(memory_format=torch.channels_last)
     mine, its = (learner.train(plain.params(), Client(0, 0), LocalTraining()) for learner in (other, plain))
     for name, p in its.params.items():
         torch.testing.assert_close(mine.params[name], p, rtol=1e-4, atol=1e-6)
