@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_LEAST = 1 << 16  # numbers of a single client's weight, below which its gradient is written in no time
+
 
 class StepInBackward:
     """The steps that the backward pass of one batch makes itself; their weights then have no gradient.
@@ -93,13 +95,14 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def dense_layers(model: nn.Module, params: Sequence[torch.Tensor]) -> list[nn.Linear]:
-    """The dense layers of a model whose weights, among these params, the backward pass can step."""
+    """The dense layers of a model whose weights, among these params, the backward pass can step to advantage."""
     trained = {id(p) for p in params}
     return [
         layer
         for layer in model.modules()
         if type(layer) is nn.Linear
         and id(layer.weight) in trained
+        and layer.weight.numel() >= _LEAST
         # whoever changes a weight's gradient, or how a layer computes, is not passed by
         and not (layer.weight._backward_hooks or "forward" in layer.__dict__)
     ]

@@ -223,55 +223,43 @@ class Learner:
             )
         if loss is not None and isinstance(self.task, InBfloat16):
             loss = self.task.mixed(loss)
+        held = self.task.examples(client.id) if examples is None else examples
+        length = num_examples(held)
+
+        def alone(lr: float | None) -> LocalResult:
+            """With a learning rate, the backward pass steps the weights of dense layers."""
+            self.load(start).train()
+            params = {name: p for name, p in self._trained.items() if only is None or name in only}
+            leaves = list(params.values())
+            step = stepper(leaves, params, start, local, client.round, correction, proximal, moments=moments)
+            recorded = (
+                self._records and loss is None and privacy is None
+            )  # some mechanisms keep several steps' gradients
+            gradients_of, batches_of = self._gradients(params, local.batch_size, loss, recorded, lr), local.batches
+            if privacy is not None:
+                each, expected = self._examples_gradients(params, gradients_of, loss), local.rate(length) * length
+                gradients_of = private(gradients_of, each, params, privacy, expected, client.seed)
+                batches_of = local.poisson_batches if privacy.unit == "example" else local.batches
+            num_steps = num_seen = 0
+            total_loss = torch.zeros((), device=self.device)
+            generator = torch.Generator().manual_seed(client.seed)
+            seed_draws(client.seed, self.device)  # for dropout and the like; the worker restores the caller's generator
+            batch_of = self.ready(held, generator)
+            for rows in batches_of(length, generator):
+                batch_loss, gradients = gradients_of(batch_of, rows)
+                with torch.no_grad():
+                    step(gradients)
+                    total_loss += batch_loss * len(rows)
+                del gradients  # or the next ones would get other memory, which no cache holds
+                num_steps, num_seen = num_steps + 1, num_seen + len(rows)
+            return LocalResult(self.params(), num_steps, length, total_loss.item() / max(1, num_seen))
+
         plain = local.is_plain_sgd and not proximal and privacy is None
-        alone = partial(
-            self._train_alone, start, client, local, correction, proximal, loss, examples, only, privacy, moments
-        )
         # a recorded step gives its gradients away, and a GPU's memory is fast
         if plain and self.device.type == "cpu" and not self._compiles:
             with suppress(RuntimeError):  # a weight was written to that the backward pass had yet to read elsewhere
                 return alone(local.lr(client.round))
         return alone(None)
-
-    def _train_alone(
-        self,
-        start: Params,
-        client: Client,
-        local: LocalTraining,
-        correction: Params | None,
-        proximal: float,
-        loss: LossFunction | None,
-        examples: Columns | None,
-        only: Collection[str] | None,
-        privacy: Mechanism | None,
-        moments: Params | None,
-        lr: float | None,
-    ) -> LocalResult:
-        """``train`` for one client; with ``lr``, the backward pass steps the weights of dense layers."""
-        self.load(start).train()
-        params = {name: p for name, p in self._trained.items() if only is None or name in only}
-        step = stepper(list(params.values()), params, start, local, client.round, correction, proximal, moments=moments)
-        examples = self.task.examples(client.id) if examples is None else examples
-        length = num_examples(examples)
-        recorded = self._records and loss is None and privacy is None  # some mechanisms keep several steps' gradients
-        gradients_of, batches_of = self._gradients(params, local.batch_size, loss, recorded, lr), local.batches
-        if privacy is not None:
-            each, expected = self._examples_gradients(params, gradients_of, loss), local.rate(length) * length
-            gradients_of = private(gradients_of, each, params, privacy, expected, client.seed)
-            batches_of = local.poisson_batches if privacy.unit == "example" else local.batches
-        num_steps = num_seen = 0
-        total_loss = torch.zeros((), device=self.device)
-        generator = torch.Generator().manual_seed(client.seed)
-        seed_draws(client.seed, self.device)  # for dropout and the like; the worker restores the caller's generator
-        batch_of = self.ready(examples, generator)
-        for rows in batches_of(length, generator):
-            batch_loss, gradients = gradients_of(batch_of, rows)
-            with torch.no_grad():
-                step(gradients)
-                total_loss += batch_loss * len(rows)
-            del gradients  # or the next ones would get other memory, which no cache holds
-            num_steps, num_seen = num_steps + 1, num_seen + len(rows)
-        return LocalResult(self.params(), num_steps, length, total_loss.item() / max(1, num_seen))
 
     def _gradients(
         self, params: Params, size: int, loss: LossFunction | None, recorded: bool = False, lr: float | None = None

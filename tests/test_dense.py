@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from problems import PROBLEMS
 from torch import nn
 
+from fedray import dense
 from fedray.algorithm import Client
 from fedray.dense import StepInBackward
 from fedray.learner import Columns, Learner
@@ -75,6 +76,11 @@ def in_steps_of_gradients(task: object, local: LocalTraining) -> Params:
                 if g is not None:
                     p -= local.local_lr * g
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_LEAST", 1)
 
 
 @pytest.fixture
