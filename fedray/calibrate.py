@@ -17,6 +17,7 @@ from fedray.backends.serial import SerialBackend
 from fedray.backends.worker import keep_freed_memory
 from fedray.execution import Execution
 from fedray.experiment import Experiment, plan
+from fedray.hardware import device_of
 from fedray.learner import Learner
 from fedray.rounds import clients, draw
 
@@ -79,7 +80,7 @@ def calibrate(values: Mapping[str, Any], tell: Callable[[str], None] = lambda _:
     threads = options.get("threads", 1) if isinstance(options, Mapping) else 1
     keep_freed_memory()
     found: list[tuple[Execution, Callable[[], float], float]] = []
-    for way in _ways(made):
+    for way in _ways(made, device):
         tell(_written(way))
         a_round = _round(made, SerialBackend(made.task, 1, device, threads, execution=way))
         found.append((way, a_round, a_round()))
@@ -92,10 +93,10 @@ def calibrate(values: Mapping[str, Any], tell: Callable[[str], None] = lambda _:
     return Calibration(tuple(sorted(timings, key=lambda timing: timing.seconds)), timings[0])
 
 
-def _ways(made: Experiment) -> Iterator[Execution]:
+def _ways(made: Experiment, device: str) -> Iterator[Execution]:
     """The configured way first, then what else the task allows."""
-    learner, configured = Learner(made.task, "cpu"), made.execution
-    ways = [configured]
+    learner = Learner(made.task, "cpu")
+    ways = [made.execution.with_format(learner.model, str(device_of(device)))]
     sizes = [1]
     if groups.obstacle(learner.task, learner.task.model()) is None:
         sizes += [size for size in _GROUPS if size <= -(-made.cohort // 2)]

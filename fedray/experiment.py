@@ -153,7 +153,7 @@ def _resolved(execution: Execution, learner: Learner, cohort: int) -> Execution:
         group = groups.suggested_size(task, cohort)
     elif group > 1 and (reason := groups.obstacle(task, task.model())) is not None:
         raise ValueError(f"group is {group}, but clients of this task cannot train in one call: {reason}; set group=1")
-    return replace(execution, group=group, channels_last=execution.puts_channels_last(model))
+    return replace(execution, group=group).with_format(model, "cpu", "cuda")
 
 
 def plan(values: Mapping[str, Any]) -> Plan:

@@ -118,7 +118,7 @@ class Learner:
         self._exact = self.task
         if execution.precision == "bfloat16":
             self.task = InBfloat16(self.task, self.device)
-        self._channels_last = execution.puts_channels_last(model)
+        self._channels_last = execution.puts_channels_last(model, self.device)
         self.model = channels_last.lay_out(model) if self._channels_last else model
         self._trained: Params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._buffers = _running_statistics(self.model, task.average_buffers)

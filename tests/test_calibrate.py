@@ -33,7 +33,9 @@ def test_every_way_can_be_configured_and_each_is_timed_once(found):
     for timing in found.timings:
         assert plan({**values, **asdict(timing.execution)}).experiment.execution == timing.execution
         assert timing.seconds > 0
-    assert found.configured.execution == plan(values).experiment.execution
+    made = plan(values).experiment
+    assert found.configured.execution == made.execution.with_format(made.task.model(), "cpu")
+    assert found.configured.execution.channels_last is True
 
 
 def test_only_a_gain_is_proposed(found):

@@ -88,6 +88,19 @@ def test_what_the_rules_choose_is_written_down(tmp_path):
     assert (kept["group"], kept["compile"], kept["channels_last"]) == (1, False, False)
 
 
+def test_where_the_channels_are_is_up_to_the_device():
+    convolution, perceptron = nn.Sequential(nn.Conv2d(1, 4, 3)), nn.Sequential(nn.Linear(3, 2))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    by_rule, mixed = Execution(), Execution(precision="bfloat16")
+    assert by_rule.puts_channels_last(convolution, cpu)
+    assert mixed.puts_channels_last(convolution, gpu)
+    assert not (by_rule.puts_channels_last(convolution, gpu))
+    assert not (mixed.puts_channels_last(perceptron, cpu))
+    assert by_rule.with_format(convolution, "cpu", "cuda").channels_last == "auto"
+    assert mixed.with_format(convolution, "cpu", "cuda").channels_last is True
+    assert Execution(channels_last=True).with_format(perceptron, "cpu", "cuda").channels_last is True
+
+
 def batch_normed(shape: tuple[int, ...], num_classes: int, /) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, num_classes))
 
