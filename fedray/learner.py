@@ -232,9 +232,8 @@ class Learner:
             params = {name: p for name, p in self._trained.items() if only is None or name in only}
             leaves = list(params.values())
             step = stepper(leaves, params, start, local, client.round, correction, proximal, moments=moments)
-            recorded = (
-                self._records and loss is None and privacy is None
-            )  # some mechanisms keep several steps' gradients
+            # some mechanisms keep several steps' gradients
+            recorded = self._records and loss is None and privacy is None
             gradients_of, batches_of = self._gradients(params, local.batch_size, loss, recorded, lr), local.batches
             if privacy is not None:
                 each, expected = self._examples_gradients(params, gradients_of, loss), local.rate(length) * length

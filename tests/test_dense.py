@@ -12,6 +12,7 @@ from torch import nn
 from fedray import dense
 from fedray.algorithm import Client
 from fedray.dense import StepInBackward
+from fedray.groups import Group
 from fedray.learner import Columns, Learner
 from fedray.local_training import LocalTraining
 from fedray.trees import Params
@@ -115,6 +116,16 @@ def test_two_layers_with_one_weight_wait_for_its_whole_gradient(steps):
     for name, p in in_steps_of_gradients(task, LOCAL).items():
         torch.testing.assert_close(trained[name], p, rtol=1e-5, atol=1e-6)
     assert steps == [True, False, False] * LOCAL.local_epochs
+
+
+def test_a_group_steps_early_as_its_members_do(steps):
+    learner = Learner(PROBLEMS["blobs"](), "cpu")
+    start, members = learner.params(), (Client(4, 0), Client(8, 0))  # the second one has a quarter of the examples
+    together = learner.train(start, Group(members, None), LOCAL).params
+    assert steps == [True] * 2 * LOCAL.local_epochs
+    for k, client in enumerate(members):
+        for name, p in learner.train(start, client, LOCAL).params.items():
+            torch.testing.assert_close(together[name][k], p, rtol=1e-5, atol=1e-6)
 
 
 def test_whoever_changes_a_gradient_is_heard():
