@@ -330,7 +330,8 @@ class Learner:
     def prepare(self, examples: Columns, generator: torch.Generator | None = None) -> Columns:
         """The task's ``prepare``, on this learner's device."""
         there = {name: column.to(self.device, non_blocking=True) for name, column in examples.items()}
-        return self._formatted(self.task.prepare(there, generator))
+        batch = self.task.prepare(there, generator)
+        return {name: channels_last.laid_out(x) for name, x in batch.items()} if self._channels_last else batch
 
     def ready(self, examples: Columns, generator: torch.Generator | None = None) -> Callable[[torch.Tensor], Columns]:
         """A function from rows of ``examples`` to a batch that is prepared for training."""
@@ -344,9 +345,6 @@ class Learner:
             return {name: channels_last.select(x, rows) for name, x in whole.items()}
 
         return batch_of
-
-    def _formatted(self, batch: Columns) -> Columns:
-        return {name: channels_last.laid_out(x) for name, x in batch.items()} if self._channels_last else batch
 
     def _blocks(self, examples: Columns) -> Iterator[Columns]:
         for start in range(0, num_examples(examples), _BLOCK):

@@ -185,7 +185,10 @@ def stepper(
     def step(gradients: Gradients, active: torch.Tensor | None = None) -> None:
         lr = top * local.factor(next(count))
         if shift:
-            gradients = [c if g is None else g + c for g, c in zip(gradients, shift, strict=True)]
+            if any(gradient is None for gradient in gradients):
+                gradients = [c if g is None else g + c for g, c in zip(gradients, shift, strict=True)]
+            else:  # in one kernel on a GPU
+                gradients = torch._foreach_add(gradients, shift)
         if proximal:
             gradients = torch._foreach_add(gradients, torch._foreach_sub(params, anchor), alpha=proximal)
         if local.max_grad_norm is not None:

@@ -37,7 +37,7 @@ class StackedModel:
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in frozen})
         self._slots: dict[str, tuple[Own, str]] = {}
-        self._early: StepInBackward | None = None
+        self._early = StepInBackward()
         for path, layer in self.model.named_modules():
             own: Own = {}
             for name, p in layer.named_parameters(recurse=False):

@@ -32,12 +32,8 @@ class Perceptron(nn.Module):
         return self.last(self.between(self, self.first(x)))
 
 
-def through(model: Perceptron, h: torch.Tensor) -> torch.Tensor:
-    return model.middle(h.tanh())
-
-
 MODELS: dict[str, Callable[[Perceptron, torch.Tensor], torch.Tensor]] = {
-    "as it is": through,
+    "as it is": lambda model, h: model.middle(h.tanh()),
     "relu in place": lambda model, h: F.relu(model.middle(h.relu_()), inplace=True),
     "twice": lambda model, h: model.middle(model.middle(h).tanh()),
     "read by a function, too": lambda model, h: F.linear(model.middle(h), model.middle.weight).tanh(),
@@ -97,7 +93,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_it_is_the_step_of_the_gradient(between, loss, steps):
     task = replace(PROBLEMS["blobs"](), build=lambda: Perceptron(MODELS[between]), losses=loss)
     learner = Learner(task, "cpu")
-    for _ in range(2):  # what was found out about the model holds for the next client, too
+    for _ in range(2):  # one client leaves nothing behind for the next
         trained = learner.train(learner.task.model().state_dict(), Client(4, 0), LOCAL).params
         for name, p in in_steps_of_gradients(task, LOCAL).items():
             torch.testing.assert_close(trained[name], p, rtol=1e-5, atol=1e-6)

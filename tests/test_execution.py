@@ -94,8 +94,8 @@ def test_where_the_channels_are_is_up_to_the_device():
     by_rule, mixed = Execution(), Execution(precision="bfloat16")
     assert by_rule.puts_channels_last(convolution, cpu)
     assert mixed.puts_channels_last(convolution, gpu)
-    assert not (by_rule.puts_channels_last(convolution, gpu))
-    assert not (mixed.puts_channels_last(perceptron, cpu))
+    assert not by_rule.puts_channels_last(convolution, gpu)
+    assert not mixed.puts_channels_last(perceptron, cpu)
     assert by_rule.with_format(convolution, "cpu", "cuda").channels_last == "auto"
     assert mixed.with_format(convolution, "cpu", "cuda").channels_last is True
     assert Execution(channels_last=True).with_format(perceptron, "cpu", "cuda").channels_last is True
