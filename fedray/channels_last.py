@@ -34,5 +34,5 @@ def select(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _bring_gradient(_pool: nn.Module, _inputs: Any, y: torch.Tensor) -> None:
-    if y.requires_grad and not torch.compiler.is_compiling():  # a compiler chooses formats by itself
+    if y.requires_grad:
         y.register_hook(laid_out)

@@ -15,13 +15,13 @@ from fedray.experiment import plan
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch):  # which takes seconds, and is tried elsewhere
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch._inductor, "standalone_compile", lambda program, *_, **__: program)
 
 
 @pytest.fixture(scope="module")
 def found() -> Calibration:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda function, **_: function)
+        patch.setattr(torch._inductor, "standalone_compile", lambda program, *_, **__: program)
         return calibrate(configuration(cohort=4, task=dict(configuration()["task"], model="cnn")))
 
 

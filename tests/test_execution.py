@@ -51,15 +51,36 @@ def test_compiled_or_not_the_number_of_shares_changes_no_bit():
     assert_same_bits(*states)
 
 
+@needs_compiler
+def test_a_compiled_steps_dropout_follows_the_clients_seed():
+    learner = Learner(PROBLEMS["images"](), "cpu", COMPILED)
+    start, local = learner.params(), LocalTraining(local_lr=0.1, batch_size=4)
+    first, other, again = (learner.train(start, Client(0, seed), local).params for seed in (1, 2, 1))
+    assert_same_bits(first, again)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@needs_compiler
+def test_a_compiled_step_reads_frozen_parameters_that_were_replaced():
+    plain, compiled = (Learner(PROBLEMS["adapted"](), "cpu", way) for way in (Execution(group=1), COMPILED))
+    own = plain.params()
+    frozen = {name: p.detach() for name, p in plain.model.named_parameters() if not p.requires_grad and p.dim() == 2}
+    elsewhere = {name: torch.empty(p.T.shape).T.copy_(-p) for name, p in frozen.items()}  # and in another layout
+    for start in ({**own, **elsewhere}, own):
+        mine, its = (learner.train(start, Client(0, 0), LocalTraining(local_lr=0.2)) for learner in (compiled, plain))
+        for name, p in its.params.items():
+            torch.testing.assert_close(mine.params[name], p, rtol=1e-4, atol=1e-6)
+
+
 def test_a_compiled_step_that_computes_something_else_is_found_out(monkeypatch):
-    def miscompiled(function, **_: object):
-        def doubled(*arguments):
-            gradients, loss = function(*arguments)
-            return {name: 2 * gradient for name, gradient in gradients.items()}, loss
+    def miscompiled(program, *_: object, **__: object):
+        def doubled(*inputs):
+            loss, *gradients = program(*inputs)
+            return [loss, *(2 * gradient for gradient in gradients)]
 
         return doubled
 
-    monkeypatch.setattr(torch, "compile", miscompiled)
+    monkeypatch.setattr(torch._inductor, "standalone_compile", miscompiled)
     learner = Learner(PROBLEMS["blobs"](), "cpu", COMPILED)
     with pytest.raises(FedrayError, match="computes something else; set compile=false"):
         learner.train(learner.params(), Client(0, 0), LocalTraining())
@@ -69,7 +90,7 @@ def test_without_a_compiler_a_message_says_so(monkeypatch):
     def cannot(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch, "compile", lambda function, **_: cannot)
+    monkeypatch.setattr(torch._inductor, "standalone_compile", cannot)
     learner = Learner(PROBLEMS["blobs"](), "cpu", COMPILED)
     with pytest.raises(
         FedrayError, match=r"cannot be compiled \(no compiler\); set compile=false, or see that there is"
