@@ -29,13 +29,13 @@ class CompiledStep:
     Args:
         task: Whose loss; a mean over examples that do not know of each other.
         model: A scratch model; its parameters are read at every call.
-        trained: Its trained parameters by name.
+        params: Those that are trained, by name.
         size: Examples of a batch.
     """
 
-    def __init__(self, task: "Task", model: torch.nn.Module, trained: Params, size: int) -> None:
+    def __init__(self, task: "Task", model: torch.nn.Module, params: Params, size: int) -> None:
         assert task.losses is not None  # or compiling would have been refused
-        self._task, self._model, self._trained, self._size = task, model, trained, size
+        self._task, self._model, self._params, self._size = task, model, params, size
         self._losses = _Losses(task.losses, model)
         self._programs: dict[tuple[Any, ...], Program] = {}  # by what the tensors look like
         self._weights: dict[int, torch.Tensor] = {}  # of the examples of a batch, by how many count
@@ -44,8 +44,13 @@ class CompiledStep:
         """Rows of a batch, filled up to its size."""
         return rows if len(rows) == self._size else rows[torch.arange(self._size) % len(rows)]
 
-    def __call__(self, batch: "Columns", count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The mean loss and the gradients, by name, of the first ``count`` examples of a batch that is filled up.
+    def __call__(self, batch: "Columns", count: int, lr: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Any]]:
+        """The mean loss of the first ``count`` examples of a batch that is filled up, and its gradients.
+
+        Args:
+            batch: The batch.
+            count: How many of its examples count.
+            lr: With a learning rate, steps are made, and there are no gradients (None for each).
 
         Raises:
             FedrayError: the step cannot be compiled, or not rightly.
@@ -54,41 +59,54 @@ class CompiledStep:
             device = next(iter(batch.values())).device
             self._weights[count] = torch.arange(self._size, device=device).lt(count) / count
         held = dict([*self._model.named_parameters(), *self._model.named_buffers()])
-        inputs = [*held.values(), *batch.values(), self._weights[count]]
-        looks = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
-        is_new = looks not in self._programs
-        if is_new:
-            self._programs[looks] = _compiled(self._program(list(held), list(batch)), inputs)
+        inputs = [*held.values(), *batch.values(), self._weights[count], *([] if lr is None else [lr])]
+        looks = (lr is None, *((x.shape, x.stride(), x.dtype) for x in inputs))
+        if looks not in self._programs:
+            program = _compiled(self._program(list(held), list(batch)), inputs)
+            self._check(program, inputs, {name: column[:count] for name, column in batch.items()}, lr)
+            self._programs[looks] = program
         with torch.no_grad():
             loss, *gradients = self._programs[looks](*inputs)
-        if is_new:
-            self._check({name: column[:count] for name, column in batch.items()}, [loss, *gradients])
-        return loss, dict(zip(self._trained, gradients, strict=True))
+        return loss, gradients if lr is None else [None] * len(self._params)
 
     def _program(self, names: list[str], columns: list[str]) -> Program:
-        """The loss and the gradients, as a function of the model's tensors, a batch's columns and its weights."""
+        """A function of the model's tensors, a batch's columns, its weights and, if steps are made, a learning rate."""
 
         def program(*inputs: torch.Tensor) -> list[torch.Tensor]:
-            held, (*batch, weights) = dict(zip(names, inputs, strict=False)), inputs[len(names) :]
-            trained = {name: held[name].detach().requires_grad_() for name in self._trained}
+            held, rest = dict(zip(names, inputs, strict=False)), inputs[len(names) :]
+            batch, weights, *lr = dict(zip(columns, rest, strict=False)), *rest[len(columns) :]
+            trained = {name: held[name].detach().requires_grad_() for name in self._params}
             tensors = {f"model.{name}": x for name, x in {**held, **trained}.items()}
             with torch.enable_grad():
-                loss = functional_call(self._losses, tensors, (dict(zip(columns, batch, strict=True)), weights))
+                loss = functional_call(self._losses, tensors, (batch, weights))
                 gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
-            return [loss.detach(), *gradients]
+            if not lr:
+                return [loss.detach(), *gradients]
+            for name, gradient in zip(trained, gradients, strict=True):
+                held[name].sub_(lr[0] * gradient)
+            return [loss.detach()]
 
         return program
 
-    def _check(self, batch: "Columns", found: list[torch.Tensor]) -> None:
-        """Once, compare with what the model itself computes, if it draws no random numbers."""
-        model = self._model
-        if any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
+    def _check(self, program: Program, inputs: list[torch.Tensor], batch: "Columns", lr: torch.Tensor | None) -> None:
+        """Compare with what the model itself computes, if it draws no random numbers."""
+        if any(isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0 for m in self._model.modules()):
             return
-        loss = self._task.loss(model, batch)
-        plain = [loss.detach(), *torch.autograd.grad(loss, list(self._trained.values()), materialize_grads=True)]
-        tolerance = 0.1 if isinstance(self._task, InBfloat16) else 0.01
-        whole = torch.stack([each.norm() for each in plain]).norm()  # a bias may have a gradient of rounding alone
-        off = [(a - b).norm() > tolerance * (b.norm() + 0.1 * whole) for a, b in zip(found, plain, strict=True)]
+        params = list(self._params.values())
+        expected = self._task.loss(self._model, batch)
+        plain = [expected.detach(), *torch.autograd.grad(expected, params, materialize_grads=True)]
+        with torch.no_grad():
+            copies = {id(p): p.clone() for p in params}
+            loss, *gradients = program(*(copies.get(id(x), x) for x in inputs))
+            if lr is not None:
+                gradients = [(p - copies[id(p)]) / lr for p in params]
+            rounding = [0.0, *(0.0 if lr is None else 1e-6 * p.norm() / lr for p in params)]
+            tolerance = 0.1 if isinstance(self._task, InBfloat16) else 0.01
+            whole = torch.stack([each.norm() for each in plain]).norm()  # a bias may have a gradient of rounding alone
+            off = [
+                (a - b).norm() > tolerance * (b.norm() + 0.1 * whole) + c
+                for a, b, c in zip([loss, *gradients], plain, rounding, strict=True)
+            ]
         if any(off):
             raise FedrayError("compiled, this model's training step computes something else; set compile=false")
 
@@ -105,8 +123,8 @@ def _compiled(program: Program, inputs: list[Any]) -> Program:
     # on a CPU all of it is C++, since a small model's step is short beside what calls from Python take
     options = {"config_patches": {"cpp_wrapper": inputs[0].device.type == "cpu"}}
     try:
-        graph = make_fx(program, tracing_mode="fake")(*inputs)
         with torch.no_grad():
+            graph = make_fx(program, tracing_mode="fake")(*inputs)
             found: Program = torch._inductor.standalone_compile(
                 graph, inputs, dynamic_shapes="from_example_inputs", options=options
             )

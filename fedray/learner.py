@@ -128,7 +128,7 @@ class Learner:
         self._initially = [buffer.clone() for buffer in self._kept]
         self._stacked: StackedModel | None = None
         self._compiles = execution.compile
-        self._compiled: dict[int, CompiledStep] = {}  # by the size of a batch
+        self._compiled: dict[tuple[object, ...], CompiledStep] = {}  # by a batch's size and what is trained
         self._records = execution.cuda_graphs and self.device.type == "cuda"
         self._recorded: dict[tuple[str, ...], RecordedStep] = {}  # by what is trained
         self.clock = Clock()
@@ -227,7 +227,7 @@ class Learner:
         length = num_examples(held)
 
         def alone(lr: float | None) -> LocalResult:
-            """With a learning rate, the backward pass steps the weights of dense layers."""
+            """With a learning rate, the compiled step makes the step, or the backward pass that of dense layers."""
             self.load(start).train()
             params = {name: p for name, p in self._trained.items() if only is None or name in only}
             leaves = list(params.values())
@@ -253,9 +253,11 @@ class Learner:
                 num_steps, num_seen = num_steps + 1, num_seen + len(rows)
             return LocalResult(self.params(), num_steps, length, total_loss.item() / max(1, num_seen))
 
-        plain = local.is_plain_sgd and not proximal and privacy is None
-        # a recorded step gives its gradients away, and a GPU's memory is fast
-        if plain and self.device.type == "cpu" and not self._compiles:
+        if not local.is_plain_sgd or proximal or privacy is not None:
+            return alone(None)
+        if self._compiles and loss is None:
+            return alone(local.lr(client.round))
+        if self.device.type == "cpu":  # a recorded step gives its gradients away, and a GPU's memory is fast
             with suppress(RuntimeError):  # a weight was written to that the backward pass had yet to read elsewhere
                 return alone(local.lr(client.round))
         return alone(None)
@@ -279,15 +281,11 @@ class Learner:
                 made = RecordedStep(of_batch, leaves, self.model)
                 compute = self._recorded.setdefault(tuple(params), made)
             return lambda batch_of, rows: compute(batch_of(rows))
-        if size not in self._compiled:
-            self._compiled[size] = CompiledStep(self.task, self.model, self._trained, size)
-        step = self._compiled[size]
-
-        def compiled(batch_of: Callable[[torch.Tensor], Columns], rows: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-            batch_loss, gradients = step(batch_of(step.rows(rows)), len(rows))
-            return batch_loss, [gradients[name] for name in params]
-
-        return compiled
+        key = (size, *params)
+        if key not in self._compiled:
+            self._compiled[key] = CompiledStep(self.task, self.model, params, size)
+        step, rate = self._compiled[key], None if lr is None else torch.tensor(lr, device=self.device)
+        return lambda batch_of, rows: step(batch_of(step.rows(rows)), len(rows), rate)
 
     def _examples_gradients(self, params: Params, gradients_of: GradientsOf, loss: LossFunction | None) -> GradientsOf:
         """The loss of each example and its own gradients, in one backward pass where the layers allow it."""

@@ -29,12 +29,23 @@ COMPILED = Execution(group=1, compile=True)
 
 @needs_compiler
 @pytest.mark.parametrize("size", [4, 64])  # batches that are not full, at the end or always
-def test_a_compiled_step_computes_what_the_plain_one_does_but_for_rounding(size):
+@pytest.mark.parametrize(
+    ("optimizer", "training"),
+    [
+        ({}, {}),  # the program makes the step
+        ({}, {"correction": 0.1, "only": ["head.weight"]}),
+        ({"local_momentum": 0.5, "max_grad_norm": 1.0}, {"proximal": 0.1}),
+    ],
+)
+def test_a_compiled_step_computes_what_the_plain_one_does_but_for_rounding(size, optimizer, training):
     task = PROBLEMS["blobs"]()
     plain, compiled = Learner(task, "cpu"), Learner(task, "cpu", COMPILED)
-    local = LocalTraining(local_lr=0.2, batch_size=size, local_epochs=2, local_momentum=0.5, max_grad_norm=1.0)
+    local = LocalTraining(local_lr=0.2, batch_size=size, local_epochs=2, **optimizer)
+    start = plain.params()
+    if "correction" in training:
+        training = {**training, "correction": {name: torch.full_like(p, 0.1) for name, p in start.items()}}
     for client in map(Client, range(3), range(3)):
-        mine, its = (learner.train(plain.params(), client, local, proximal=0.1) for learner in (compiled, plain))
+        mine, its = (learner.train(start, client, local, **training) for learner in (compiled, plain))
         assert (mine.num_steps, mine.num_examples) == (its.num_steps, its.num_examples)
         assert mine.loss == pytest.approx(its.loss, rel=1e-5)
         for name, p in its.params.items():
@@ -72,18 +83,17 @@ def test_a_compiled_step_reads_frozen_parameters_that_were_replaced():
             torch.testing.assert_close(mine.params[name], p, rtol=1e-4, atol=1e-6)
 
 
-def test_a_compiled_step_that_computes_something_else_is_found_out(monkeypatch):
+@pytest.mark.parametrize("momentum", [0.0, 0.5])  # the program makes the step, or only computes gradients
+def test_a_compiled_step_that_computes_something_else_is_found_out(momentum, monkeypatch):
     def miscompiled(program, *_: object, **__: object):
-        def doubled(*inputs):
-            loss, *gradients = program(*inputs)
-            return [loss, *(2 * gradient for gradient in gradients)]
-
-        return doubled
+        return lambda *inputs: program(*inputs[:-1], 2 * inputs[-1])  # twice the learning rate, or all weights
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", miscompiled)
     learner = Learner(PROBLEMS["blobs"](), "cpu", COMPILED)
+    start = learner.params()
     with pytest.raises(FedrayError, match="computes something else; set compile=false"):
-        learner.train(learner.params(), Client(0, 0), LocalTraining())
+        learner.train(start, Client(0, 0), LocalTraining(local_momentum=momentum))
+    assert_same_bits(learner.params(), start)
 
 
 def test_without_a_compiler_a_message_says_so(monkeypatch):
