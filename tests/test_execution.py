@@ -1,6 +1,9 @@
 """How clients are computed: compiled steps, memory formats, and what is refused."""
 
 import copy
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +16,7 @@ from fedray import exact, runs
 from fedray.aggregators import mean
 from fedray.algorithm import Client, ClientResult
 from fedray.backends import worker
+from fedray.backends.ray.environment import prepare
 from fedray.backends.serial import SerialBackend
 from fedray.channels_last import laid_out, select
 from fedray.errors import ConfigError, FedrayError
@@ -106,6 +110,37 @@ def test_without_a_compiler_a_message_says_so(monkeypatch):
         FedrayError, match=r"cannot be compiled \(no compiler\); set compile=false, or see that there is"
     ):
         learner.train(learner.params(), Client(0, 0), LocalTraining())
+
+
+TRAINING_IN_A_THREAD = """
+import resource, threading, torch
+from fedray.backends.worker import keep_freed_memory
+
+def train():
+    def step():
+        for tensor in [torch.empty(size << 18) for size in (30, 20, 25)]:  # 75 MB in all
+            tensor.zero_()
+
+    for _ in range(3):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+keep_freed_memory()
+thread = threading.Thread(target=train)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries than glibc are left as they are")
+def test_memory_that_a_workers_thread_frees_comes_back_without_page_faults(monkeypatch):
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    prepare("local")
+    ran = subprocess.run([sys.executable, "-c", TRAINING_IN_A_THREAD], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 50_000  # of 75 MB, forty times, 312,000 pages
 
 
 def configuration(**values: object) -> dict[str, object]:
