@@ -11,8 +11,8 @@ class Execution:
     """How clients are computed; a part of the configuration, because it changes the last bits of a result.
 
     Args:
-        group: Clients that train in one call, where the algorithm allows it; auto by a rule of the model's layers.
-        compile: Compile the training step of clients that train one by one (torch.compile); minutes at the first run.
+        group: Clients that train in one call, where the algorithm allows it; auto by the model's layers, 1 if compiled.
+        compile: Compile the training step of clients that train one by one; minutes at the first run.
         channels_last: Keep images with the channels in the last place; auto for convolutions on CPUs, or in bfloat16.
         precision: float32, or bfloat16 for mixed precision: faster on GPUs of 2020 and later, mostly slower on CPUs.
         cuda_graphs: On a GPU, record the step of clients that train one by one, where it can be; the same bytes.

@@ -150,7 +150,7 @@ def _resolved(execution: Execution, learner: Learner, cohort: int) -> Execution:
     if reason is not None:
         raise ValueError(f"compile is true, but this task's training step cannot be: {reason}; set compile=false")
     if group == "auto":
-        group = groups.suggested_size(task, cohort)
+        group = 1 if execution.compile else groups.suggested_size(task, cohort)
     elif group > 1 and (reason := groups.obstacle(task, task.model())) is not None:
         raise ValueError(f"group is {group}, but clients of this task cannot train in one call: {reason}; set group=1")
     return replace(execution, group=group).with_format(model, "cpu", "cuda")

@@ -154,6 +154,11 @@ def test_what_the_rules_choose_is_written_down(tmp_path):
     assert (kept["group"], kept["compile"], kept["channels_last"]) == (1, False, False)
 
 
+def test_who_chooses_to_compile_chooses_clients_that_train_one_by_one():
+    assert plan(configuration(cohort=4)).experiment.execution.group == 2
+    assert plan(configuration(cohort=4, compile=True)).experiment.execution.group == 1
+
+
 def test_where_the_channels_are_is_up_to_the_device():
     convolution, perceptron = nn.Sequential(nn.Conv2d(1, 4, 3)), nn.Sequential(nn.Linear(3, 2))
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
