@@ -36,6 +36,8 @@ class CompiledStep:
     def __init__(self, task: "Task", model: torch.nn.Module, params: Params, size: int) -> None:
         assert task.losses is not None  # or compiling would have been refused
         self._task, self._model, self._params, self._size = task, model, params, size
+        # a scratch model keeps these for good: what they hold changes, as does the storage of frozen ones
+        self._held = dict([*model.named_parameters(), *model.named_buffers()])
         self._losses = _Losses(task.losses, model)
         self._programs: dict[tuple[Any, ...], Program] = {}  # by what the tensors look like
         self._weights: dict[int, torch.Tensor] = {}  # of the examples of a batch, by how many count
@@ -58,22 +60,21 @@ class CompiledStep:
         if count not in self._weights:
             device = next(iter(batch.values())).device
             self._weights[count] = torch.arange(self._size, device=device).lt(count) / count
-        held = dict([*self._model.named_parameters(), *self._model.named_buffers()])
-        inputs = [*held.values(), *batch.values(), self._weights[count], *([] if lr is None else [lr])]
-        looks = (lr is None, *((x.shape, x.stride(), x.dtype) for x in inputs))
+        inputs = [*self._held.values(), *batch.values(), self._weights[count], *([] if lr is None else [lr])]
+        looks = tuple((x.shape, x.stride(), x.dtype) for x in inputs)  # a learning rate makes it longer
         if looks not in self._programs:
-            program = _compiled(self._program(list(held), list(batch)), inputs)
+            program = _compiled(self._program(list(batch)), inputs)
             self._check(program, inputs, {name: column[:count] for name, column in batch.items()}, lr)
             self._programs[looks] = program
         with torch.no_grad():
             loss, *gradients = self._programs[looks](*inputs)
         return loss, gradients if lr is None else [None] * len(self._params)
 
-    def _program(self, names: list[str], columns: list[str]) -> Program:
+    def _program(self, columns: list[str]) -> Program:
         """A function of the model's tensors, a batch's columns, its weights and, if steps are made, a learning rate."""
 
         def program(*inputs: torch.Tensor) -> list[torch.Tensor]:
-            held, rest = dict(zip(names, inputs, strict=False)), inputs[len(names) :]
+            held, rest = dict(zip(self._held, inputs, strict=False)), inputs[len(self._held) :]
             batch, weights, *lr = dict(zip(columns, rest, strict=False)), *rest[len(columns) :]
             trained = {name: held[name].detach().requires_grad_() for name in self._params}
             tensors = {f"model.{name}": x for name, x in {**held, **trained}.items()}
